@@ -1,0 +1,473 @@
+"""Train head, adapters, LoRA or everything on labelled sentences: one loop for every technique.
+
+    python train.py lora                        the default weights and data, about three minutes on a laptop
+    python train.py adapter --data my.csv       your own sentences
+    python -m minipeft runs/lora-fold0 "a gripping film"
+"""
+import argparse
+import math
+import sys
+from pathlib import Path
+
+# What each technique is trained with unless an option says otherwise, and the only ones of these options that it
+# has. LoRA and adapters are of nearly the same size. The papers' full fine-tuning has dropout in the encoder; with
+# so few parameters the others do without, which is faster.
+DEFAULTS = {
+    "head": {"lr": 1e-3},
+    "adapter": {"lr": 5e-4, "targets": ["attention.output", "feed_forward.output"], "bottleneck": 32,
+                "init_std": 1e-2, "norms": ["attention.norm", "feed_forward.norm"], "dropout": 0.0, "top_layers": None},
+    "lora": {"lr": 5e-4, "targets": ["query", "key", "value", "attention.output", "intermediate",
+                                     "feed_forward.output"],
+             "rank": 8, "alpha": 16.0, "lora_dropout": 0.0, "rslora": False, "dropout": 0.0, "top_layers": None},
+    "full": {"lr": 5e-5, "dropout": 0.1, "top_layers": None},
+}
+READ_EVERY = 10      # steps between looks at the loss: on a GPU each look has to wait for it
+TRAIN_SAMPLE = 1000  # sentences of the training set that training loss and accuracy are measured on
+METRICS = ("method", "seed", "epochs", "train_loss", "train_accuracy", "dev_loss", "dev_accuracy", "test_loss",
+           "test_accuracy", "technique_parameters", "head_parameters", "trainable_parameters", "total_parameters",
+           "trainable_percent", "train_seconds", "peak_memory_mb", "saved_bytes", "device", "precision")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a number between low and high, both allowed."""
+    def parse_number(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}" if high < math.inf
+                                             else f"{text} is not a number from {low} up")
+        return value
+    parse_number.__name__ = "whole number" if kind is int else "number"  # argparse says "invalid ... value"
+    return parse_number
+
+
+def parse(arguments):
+    """The settings of a run, from its command line: an argparse.Namespace."""
+    parser = Parser(prog="train.py", description="Fine-tune a small BERT to classify sentences.",
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100))
+    parser.add_argument("method", choices=DEFAULTS, help="what is trained: the head alone, or the head and adapters, "
+                        "LoRA, or everything")
+    count, rate, positive = number(int, 1), number(float, 0, 1), number(float, 1e-12)
+
+    def by_method(option):
+        return ", ".join(f"{name} {values[option]:g}" for name, values in DEFAULTS.items() if option in values)
+
+    group = parser.add_argument_group("weights and data")
+    group.add_argument("--weights", help="a folder of BERT weights, or a name on the Hugging Face Hub "
+                       "(all-MiniLM-L6-v2, fetched once)")
+    group.add_argument("--data", help="CSV, TSV or JSON-lines file of labelled sentences (movie reviews, fetched once)")
+    group.add_argument("--test", help="a file to test on; without it a part of the data is kept for that")
+    group.add_argument("--text-column", help="name of the column of texts (text)")
+    group.add_argument("--label-column", help="name of the column of labels (label)")
+    group.add_argument("--fold", type=number(int, 0, 9), help="which tenth of the data to test on, 0 to 9 (0)")
+    group.add_argument("--max-length", type=number(int, 3), default=128, help="tokens a sentence is cut to (128)")
+    group.add_argument("--limit", type=number(int, 2), help="train on a random choice of so many sentences (all)")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=count, default=3, help="passes over the training set (3)")
+    group.add_argument("--lr", type=positive, help=f"highest learning rate ({by_method('lr')})")
+    group.add_argument("--batch-size", type=count, default=32, help="sentences a step (32)")
+    group.add_argument("--warmup", type=rate, default=0.1, help="share of the steps in which the rate rises (0.1)")
+    group.add_argument("--schedule", choices=("linear", "constant"), default="linear",
+                       help="the rate after warm-up: linear to 0, or constant (linear)")
+    group.add_argument("--weight-decay", type=number(float, 0), default=0.01, help="AdamW's, on matrices only (0.01)")
+    group.add_argument("--clip", type=positive, default=1.0, help="longest gradient: longer ones are scaled down (1)")
+    group.add_argument("--dropout", type=rate, help=f"dropout in the encoder ({by_method('dropout')})")
+    group.add_argument("--head-dropout", type=rate, default=0.1, help="dropout in the head (0.1)")
+    group.add_argument("--pooling", choices=("mean", "cls"), default="mean",
+                       help="what the head sees of a sentence: the mean of its tokens, or [CLS] (mean)")
+    group.add_argument("--seed", type=number(int, 0), default=0, help="seed of everything random (0)")
+
+    group = parser.add_argument_group("techniques")
+    group.add_argument("--rank", type=count, help="LoRA: r, the rank of the update (8)")
+    group.add_argument("--alpha", type=positive, help="LoRA: the update is scaled by alpha / rank (16)")
+    group.add_argument("--lora-dropout", type=rate, help="LoRA: dropout on what the update sees (0)")
+    group.add_argument("--rslora", action="store_true", default=None, help="LoRA: scale by alpha / sqrt(rank)")
+    group.add_argument("--bottleneck", type=count, help="adapters: width of the bottleneck (32)")
+    group.add_argument("--init-std", type=positive, help="adapters: spread of the first weights (0.01)")
+    group.add_argument("--norms", nargs="*", metavar="NAME", help="adapters: the LayerNorms trained with them, by the "
+                       "end of their names (attention.norm feed_forward.norm)")
+    group.add_argument("--targets", nargs="+", metavar="NAME", help="adapters, LoRA: the linear layers to put them on, "
+                       "by the end of their names (LoRA: all six of a block; the paper's are: query value)")
+    group.add_argument("--top-layers", type=count, metavar="K", help="train in the top K blocks only (all)")
+
+    group = parser.add_argument_group("the run")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to train (auto)")
+    group.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+                       help="of the linear layers; auto is bf16 where the hardware has it, fp32 repeats to the bit (auto)")
+    group.add_argument("--out", help="folder of the run (runs/METHOD-foldN, or runs/METHOD-seedN with --test)")
+    group.add_argument("--save-every", type=count, default=100, metavar="STEPS", help="how often to save the state (100)")
+    group.add_argument("--resume", action="store_true", help="go on with an unfinished run")
+    group.add_argument("--overwrite", action="store_true", help="replace a run that is there already")
+
+    settings = parser.parse_args(arguments)
+    defaults = DEFAULTS[settings.method]
+    for option in sorted({option for values in DEFAULTS.values() for option in values}):
+        if option in defaults:
+            if getattr(settings, option) is None:
+                setattr(settings, option, defaults[option])
+        elif getattr(settings, option) is None:
+            delattr(settings, option)  # settings.json holds what took part, and nothing else
+        else:
+            parser.error(f"--{option.replace('_', '-')} is no option of {settings.method}")
+    if settings.test and settings.fold is not None:
+        parser.error("--fold picks a test set from the data, but --test names one; repeat a run with --seed instead")
+    if settings.test and not settings.data:
+        parser.error("--test needs --data, a file of the same labels to train on")
+    if not settings.test and settings.fold is None:
+        settings.fold = 0
+    if settings.out is None:
+        settings.out = f"runs/{settings.method}-" + (f"seed{settings.seed}" if settings.test else f"fold{settings.fold}")
+    return settings
+
+
+if __name__ == "__main__":
+    SETTINGS = parse(sys.argv[1:])  # before the slow imports, so that --help and typing errors are answered at once
+
+import platform
+import time
+from collections import deque
+from functools import partial
+
+import numpy as np
+import safetensors
+import tokenizers
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from minipeft import checkpoint, data, download, plots
+from minipeft.adapter import Adapter
+from minipeft.bert import frozen_to_bf16, has_bf16
+from minipeft.lora import LoRALinear
+
+
+# -- before training --------------------------------------------------------------------------------------
+
+def choose_device(settings):
+    """(device, whether to multiply in bf16). ValueError for a device that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in there if there[name]) if settings.device == "auto" else settings.device
+    if not there[device]:
+        raise ValueError(f"--device {device}: not available here; there is "
+                         + " and ".join(name for name in there if there[name]))
+    return device, settings.precision == "bf16" or settings.precision == "auto" and has_bf16(device)
+
+
+def describe(model):
+    """What was swapped, as lines to print, and the parameter counts as they stand in metrics.json."""
+    groups = {}
+    for name, module in model.encoder.named_modules():
+        if isinstance(module, LoRALinear):
+            became = f"Linear + LoRA, rank {module.lora_A.shape[0]}"
+        elif isinstance(module, Adapter):
+            became = f"Linear + adapter, bottleneck {module.down.out_features}"
+        elif hasattr(module, "adapter_base"):
+            became = "LayerNorm, trained"
+        else:
+            continue
+        new = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        group = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        groups.setdefault((group, became, new), []).append(name)
+    lines = [f"{'module':<36}{'became':<34}new parameters"] if groups else []
+    for (group, became, new), names in groups.items():
+        lines.append(f"{group:<36}{became:<34}{len(names)} x {new:,} = {len(names) * new:,}")
+    head = sum(parameter.numel() for parameter in model.head.parameters())
+    trainable = sum(parameter.numel() for parameter in checkpoint.trained(model).values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return lines, {"technique_parameters": trainable - head, "head_parameters": head, "trainable_parameters": trainable,
+                   "total_parameters": total, "trainable_percent": 100 * trainable / total}
+
+
+def open_folder(settings, facts):
+    """Make the folder of the run, or check that it holds this run's beginning. Returns whether it is finished.
+
+    facts: everything that decides what the run does; settings.json holds it. Raises ValueError.
+    """
+    folder = Path(settings.out)
+    if settings.resume:
+        if not (folder / "settings.json").is_file():
+            raise ValueError(f"--resume: {folder} holds no run; leave --resume out to begin one")
+        before = checkpoint.read_json(folder / "settings.json")
+        checkpoint.check_weights(folder, before, facts["weights_sha256"])
+        differ = [f"{key} was {before.get(key)!r} and is {facts.get(key)!r}" for key in {**before, **facts}
+                  if before.get(key) != facts.get(key) and key not in ("weights", "data", "test")]  # their hashes count
+        if differ:
+            raise ValueError(f"--resume: {folder} was begun differently: {'; '.join(differ)}")
+        return (folder / checkpoint.FINISHED).is_file()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not settings.overwrite:
+            raise ValueError(f"{folder} is there already: --resume goes on with it, --overwrite replaces it, --out NAME "
+                             "goes elsewhere")
+        if not (folder / "settings.json").is_file():
+            raise ValueError(f"--overwrite: {folder} holds no run, so it is left alone; use another --out")
+        for name in ("metrics.json", "state.safetensors", "model.safetensors", "history.csv", "predictions.csv",
+                     "curves.png", "settings.json"):
+            (folder / name).unlink(missing_ok=True)
+    checkpoint.write_json(folder / "settings.json", facts)
+    return False
+
+
+# -- the loop ---------------------------------------------------------------------------------------------
+
+class Forward:
+    """A classifier on a corpus: the forward pass for training, and for evaluation.
+
+    An encoder that is frozen as a whole (head tuning) says the same of a sentence every time. It is asked
+    once, without dropout, and what it said is kept: after that a step costs only what the head costs.
+    """
+
+    def __init__(self, model, corpus, device, bf16):
+        self.model, self.corpus, self.device, self.bf16 = model, corpus, device, bf16
+        self.frozen = not any(parameter.requires_grad for parameter in model.encoder.parameters())
+        if self.frozen:
+            self.features = torch.zeros(len(corpus), model.head.dense.in_features, device=device)
+            self.known = np.zeros(len(corpus), bool)
+
+    def encode(self, rows):
+        """If the encoder is frozen, make sure that the features of these sentences are there."""
+        rows = rows[~self.known[rows]] if self.frozen else rows[:0]
+        if len(rows):
+            self.model.eval()
+            bar = partial(tqdm, desc="encoding once", unit=" batches", leave=False, disable=None)
+            features = data.predict(self.model.features, self.corpus.sentences(rows), self.device, self.bf16, bar)
+            self.features[rows] = torch.from_numpy(features).to(self.device)
+            self.known[rows] = True
+
+    def logits(self, rows):
+        """For a training step: (len(rows), classes), with autograd and dropout."""
+        if self.frozen:
+            return self.model.head.train()(self.features[rows])
+        self.model.train()
+        input_ids, attention_mask = data.pad(self.corpus.sentences(rows), self.device)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            return self.model(input_ids, attention_mask)
+
+    def evaluate(self, rows):
+        """(loss, accuracy, logits) over these sentences, without dropout.
+
+        Loss and accuracy are summed over all sentences and divided once: they do not depend on the batches.
+        """
+        self.model.eval()
+        self.encode(rows)
+        if self.frozen:
+            with torch.no_grad():
+                logits = self.model.head(self.features[rows]).cpu()
+        else:
+            logits = torch.from_numpy(data.predict(self.model, self.corpus.sentences(rows), self.device, self.bf16))
+        labels = torch.from_numpy(self.corpus.labels[rows])
+        loss = F.cross_entropy(logits.double(), labels).item()
+        return loss, (logits.argmax(1) == labels).double().mean().item(), logits
+
+
+def learning_rate(step, steps, settings):
+    """The rate at a step from 1 to `steps`: linear warm-up to settings.lr, then linear decay, or constant."""
+    warmup = round(settings.warmup * steps)
+    rise = step / max(warmup, 1)
+    fall = (steps - step + 1) / max(steps - warmup, 1) if settings.schedule == "linear" else 1.0
+    return settings.lr * min(rise, fall, 1.0)
+
+
+def state_path(settings):
+    return Path(settings.out) / "state.safetensors"
+
+
+def check_finite(step, loss, norm, settings):
+    """FloatingPointError if the loss of a step or the length of its gradient is NaN or infinite."""
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise FloatingPointError(
+            f"step {step}: the loss is {loss:g} and the length of its gradient {norm:g}, so training stopped. Try a lower "
+            f"--lr (it was {settings.lr:g}), a longer --warmup or --precision fp32, with --overwrite. The last good state "
+            f"is kept in {settings.out}")
+
+
+def train_epoch(forward, optimizer, rows, epoch, progress, settings, bar):
+    """Take the steps of one epoch (counted from 0) that `progress` does not have yet.
+
+    Everything random follows from the seed, the epoch and the step, so that a run which was stopped anywhere
+    and taken up again ends in the same bits.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    batches = data.batches_of_like_length(forward.corpus.lengths[rows], settings.batch_size,
+                                          np.random.default_rng([settings.seed, epoch]))
+    first, last = epoch * len(batches) + 1, (epoch + 1) * len(batches)
+    unread, recent = [], deque(maxlen=50)
+    for step, batch in enumerate(batches, first):
+        bar.update(len(batch))
+        if step <= progress["step"]:
+            continue
+        started = time.perf_counter()
+        torch.manual_seed(settings.seed * 1_000_003 + step)
+        logits = forward.logits(rows[batch])
+        labels = torch.from_numpy(forward.corpus.labels[rows[batch]]).to(logits.device)
+        loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings.epochs * len(batches), settings)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        unread.append(torch.stack([loss.detach(), norm, (logits.argmax(1) == labels).float().mean()]))
+        save = step % settings.save_every == 0
+        if save or step == last or len(unread) == READ_EVERY:
+            numbers = torch.stack(unread).tolist()
+            for number, (loss, norm, _) in enumerate(numbers, step - len(numbers) + 1):
+                check_finite(number, loss, norm, settings)
+            unread.clear()
+            recent.extend(numbers)
+            loss, _, accuracy = np.mean(recent, axis=0)
+            bar.set_description_str(f"epoch {epoch + 1}/{settings.epochs}  loss {loss:.3f}  accuracy {accuracy:.1%} ", False)
+        progress["step"] = step
+        progress["seconds"] += time.perf_counter() - started
+        if save:
+            checkpoint.save_state(state_path(settings), forward.model, optimizer, progress)
+
+
+def train(forward, optimizer, train_rows, dev_rows, progress, settings):
+    """All epochs, measured after each (and before the first) on dev and on a fixed sample of the training set."""
+    sample = np.random.default_rng(settings.seed).permutation(train_rows)[:TRAIN_SAMPLE]
+    started = time.perf_counter()
+    forward.encode(train_rows)
+    progress["seconds"] += time.perf_counter() - started
+    with tqdm(total=settings.epochs * len(train_rows), unit=" sentences", smoothing=0.05, disable=None,
+              bar_format="{desc}{percentage:3.0f}% |{bar:20}| {rate_fmt}, {remaining} left") as bar:
+        for epoch in range(settings.epochs + 1):
+            if epoch > 0:
+                train_epoch(forward, optimizer, train_rows, epoch - 1, progress, settings, bar)
+            if epoch < len(progress["history"]):
+                continue
+            row = {"epoch": epoch, "seconds": progress["seconds"]}
+            row["train_loss"], row["train_accuracy"], _ = forward.evaluate(sample)
+            row["dev_loss"], row["dev_accuracy"], _ = forward.evaluate(dev_rows)
+            check_finite(progress["step"], row["dev_loss"], row["train_loss"], settings)
+            progress["history"].append(row)
+            if epoch > 0:
+                checkpoint.save_state(state_path(settings), forward.model, optimizer, progress)
+            tqdm.write(f"epoch {epoch}/{settings.epochs}   train loss {row['train_loss']:.3f} accuracy "
+                       f"{row['train_accuracy']:.1%}   dev loss {row['dev_loss']:.3f} accuracy {row['dev_accuracy']:.1%}   "
+                       f"trained {row['seconds']:.0f} s")
+
+
+# -- after training ---------------------------------------------------------------------------------------
+
+def peak_memory(device):
+    """The most memory this process has held, in MB (of the GPU, where it trains there); None if unknown."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def finish(forward, dev_rows, test_rows, progress, settings, metrics):
+    """Read the test set, once, and write what stays of the run. Returns the metrics, complete."""
+    folder, corpus, history = Path(settings.out), forward.corpus, progress["history"]
+    metrics |= history[-1]
+    metrics["test_loss"], metrics["test_accuracy"], logits = forward.evaluate(test_rows)
+    metrics |= {"epochs": settings.epochs, "train_seconds": progress["seconds"],
+                "peak_memory_mb": peak_memory(forward.device)}
+    checkpoint.write_tensors(folder / "model.safetensors", checkpoint.trained(forward.model))
+    metrics["saved_bytes"] = (folder / "model.safetensors").stat().st_size
+    checkpoint.write_csv(folder / "predictions.csv", ["row", "label", *corpus.classes], (
+        [corpus.line[row], corpus.classes[corpus.labels[row]], *(f"{chance:.6f}" for chance in chances)]
+        for row, chances in zip(test_rows, logits.double().softmax(1).tolist())))
+    checkpoint.write_csv(folder / "history.csv", list(history[0]), (row.values() for row in history))
+    with download.whole(folder / "curves.png") as aside:
+        plots.curves(history, f"{settings.method} on {Path(corpus.files[-1]).name}", aside)
+    metrics = {key: metrics[key] for key in METRICS}
+    checkpoint.write_json(folder / checkpoint.FINISHED, metrics)
+    state_path(settings).unlink(missing_ok=True)
+
+    print("\nthe most confident mistakes on dev:")
+    chances, answers = forward.evaluate(dev_rows)[2].softmax(1).max(1)
+    labels = corpus.labels[dev_rows]
+    wrong = np.flatnonzero(answers.numpy() != labels)
+    wrong = wrong[np.argsort(-chances.numpy()[wrong])][:3]
+    for row, text in zip(wrong, corpus.texts(dev_rows[wrong])):
+        print(f"  {corpus.classes[answers[row]]} ({chances[row]:.1%}), but labelled {corpus.classes[labels[row]]}: {text[:200]}")
+    memory = metrics["peak_memory_mb"]
+    print(f"\ntest loss {metrics['test_loss']:.3f} accuracy {metrics['test_accuracy']:.1%} on {len(test_rows):,} sentences\n"
+          f"trained {metrics['train_seconds']:.0f} s, {f'{memory:,.0f} MB' if memory else 'unknown'} of memory at the peak, "
+          f"{metrics['saved_bytes'] / 1e6:.1f} MB of trained tensors\n"
+          f"written to {folder}/: {', '.join(sorted(path.name for path in folder.iterdir()))}\n"
+          f'use it: python -m minipeft {folder} "a sentence of yours"')
+    return metrics
+
+
+def run(settings):
+    """Train, evaluate, and write everything to settings.out. Returns what stands in metrics.json.
+
+    settings: what `parse` returns. Raises ValueError, OSError or FloatingPointError with a line for the user.
+    """
+    device, bf16 = choose_device(settings)
+    weights = download.find_weights(settings.weights)
+    tokenizer = data.load_tokenizer(weights, settings.max_length)
+    files = [settings.test] * bool(settings.test) + [settings.data or download.fetch_data()]
+    corpus = data.read_corpus(files, tokenizer, settings.text_column, settings.label_column)
+    train_rows, dev_rows, test_rows = data.split(corpus, settings.fold)
+    if settings.limit:
+        train_rows = np.sort(np.random.default_rng(settings.seed).permutation(train_rows)[:settings.limit])
+    model = checkpoint.build(vars(settings), len(corpus.classes), weights)
+    config = model.encoder.config
+    if settings.max_length > config.max_position_embeddings:
+        raise ValueError(f"--max-length {settings.max_length}: the encoder has {config.max_position_embeddings} positions")
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise ValueError(f"{weights}: tokenizer.json has {tokenizer.get_vocab_size():,} tokens and the encoder only "
+                         f"{config.vocab_size:,}: they do not belong together")
+    swapped, counts = describe(model)
+    facts = {key: value for key, value in vars(settings).items() if key not in ("out", "resume", "overwrite", "save_every")}
+    facts |= {"device": device, "precision": "bf16" if bf16 else "fp32", "classes": corpus.classes,
+              "weights_sha256": download.hash_weights(weights),
+              "data_sha256": [download.sha256(path) for path in files],
+              "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                           "tokenizers": tokenizers.__version__, "safetensors": safetensors.__version__}}
+    folder = Path(settings.out)
+    if open_folder(settings, facts):  # nothing has been written before this: a mistake leaves nothing behind
+        print(f"{folder} is finished already")
+        return checkpoint.read_json(folder / checkpoint.FINISHED)
+
+    print(f"{Path(files[-1]).name}: {len(train_rows):,} sentences to train on, {len(dev_rows):,} dev, {len(test_rows):,} "
+          f"test, labelled {', '.join(corpus.classes)[:200]}", *corpus.notes, *swapped, sep="\n")
+    print(f"{settings.method} {counts['technique_parameters']:,} + head {counts['head_parameters']:,} = "
+          f"{counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters are trained "
+          f"({counts['trainable_percent']:.2f} %), on {device} in {facts['precision']}")
+
+    model.to(device)
+    if bf16:
+        frozen_to_bf16(model)
+    parameters = list(checkpoint.trained(model).values())
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}], lr=settings.lr, fused=True)
+    progress = {"step": 0, "seconds": 0.0, "history": []}
+    if settings.resume and state_path(settings).is_file():
+        progress = checkpoint.load_state(state_path(settings), model, optimizer)
+        print(f"going on after step {progress['step']}")
+    forward = Forward(model, corpus, device, bf16)
+    train(forward, optimizer, train_rows, dev_rows, progress, settings)
+    return finish(forward, dev_rows, test_rows, progress, settings, counts | {
+        "method": settings.method, "seed": settings.seed, "device": device, "precision": facts["precision"]})
+
+
+def main(settings):
+    """`run` for the command line: returns the exit code, and says a user's mistake in one line."""
+    try:
+        run(settings)
+        return 0
+    except (ValueError, OSError, FloatingPointError) as error:  # what bad input raises; a bug keeps its traceback
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command with --resume goes on from the last state in {settings.out}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(SETTINGS))
