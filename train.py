@@ -47,60 +47,77 @@ def number(kind, low, high=math.inf):
 
 def parse(arguments):
     """The settings of a run, from its command line: an argparse.Namespace."""
-    parser = Parser(prog="train.py", description="Fine-tune a small BERT to classify sentences.",
+    parser = Parser(prog="train.py", usage="python train.py {head,adapter,lora,full} [options]",
+                    description="Fine-tune a small BERT to classify sentences. Defaults stand in brackets.",
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100))
-    parser.add_argument("method", choices=DEFAULTS, help="what is trained: the head alone, or the head and adapters, "
-                        "LoRA, or everything")
+    parser.add_argument("method", choices=DEFAULTS, metavar="method", help="what is trained: head (the last two layers "
+                        "only), adapter or lora (the head as well), or full (everything)")
     count, rate, positive = number(int, 1), number(float, 0, 1), number(float, 1e-12)
 
-    def by_method(option):
-        return ", ".join(f"{name} {values[option]:g}" for name, values in DEFAULTS.items() if option in values)
+    def default(option):  # of every technique that has this option
+        values = {name: " ".join(map(str, v[option])) if isinstance(v[option], list) else v[option]
+                  for name, v in DEFAULTS.items() if option in v}
+        return str(*values.values()) if len(values) == 1 else ", ".join(f"{k} {v}" for k, v in values.items())
 
     group = parser.add_argument_group("weights and data")
-    group.add_argument("--weights", help="a folder of BERT weights, or a name on the Hugging Face Hub "
-                       "(all-MiniLM-L6-v2, fetched once)")
-    group.add_argument("--data", help="CSV, TSV or JSON-lines file of labelled sentences (movie reviews, fetched once)")
-    group.add_argument("--test", help="a file to test on; without it a part of the data is kept for that")
-    group.add_argument("--text-column", help="name of the column of texts (text)")
-    group.add_argument("--label-column", help="name of the column of labels (label)")
-    group.add_argument("--fold", type=number(int, 0, 9), help="which tenth of the data to test on, 0 to 9 (0)")
-    group.add_argument("--max-length", type=number(int, 3), default=128, help="tokens a sentence is cut to (128)")
-    group.add_argument("--limit", type=number(int, 2), help="train on a random choice of so many sentences (all)")
+    group.add_argument("--weights", metavar="FOLDER", help="a folder of BERT weights, or a name on the Hugging Face "
+                       "Hub (all-MiniLM-L6-v2, fetched once)")
+    group.add_argument("--data", metavar="FILE", help="CSV, TSV or JSON-lines file of labelled sentences (movie "
+                       "reviews, fetched once)")
+    group.add_argument("--test", metavar="FILE", help="a file to test on (a part of the data is kept for that)")
+    group.add_argument("--text-column", metavar="NAME", help="name of the column of texts (text)")
+    group.add_argument("--label-column", metavar="NAME", help="name of the column of labels (label)")
+    group.add_argument("--fold", metavar="I", type=number(int, 0, 9), help="which tenth to test on, 0 to 9 (0)")
+    group.add_argument("--max-length", metavar="N", type=number(int, 3), default=128,
+                       help="tokens that a sentence is cut to (%(default)s)")
+    group.add_argument("--limit", metavar="N", type=number(int, 2), help="train on N sentences chosen at random (all)")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=count, default=3, help="passes over the training set (3)")
-    group.add_argument("--lr", type=positive, help=f"highest learning rate ({by_method('lr')})")
-    group.add_argument("--batch-size", type=count, default=32, help="sentences a step (32)")
-    group.add_argument("--warmup", type=rate, default=0.1, help="share of the steps in which the rate rises (0.1)")
+    group.add_argument("--epochs", metavar="N", type=count, default=3,
+                       help="passes over the training set (%(default)s)")
+    group.add_argument("--lr", metavar="X", type=positive, help=f"highest learning rate ({default('lr')})")
+    group.add_argument("--batch-size", metavar="N", type=count, default=32, help="sentences a step (%(default)s)")
+    group.add_argument("--warmup", metavar="X", type=rate, default=0.1,
+                       help="share of the steps in which the rate rises (%(default)s)")
     group.add_argument("--schedule", choices=("linear", "constant"), default="linear",
-                       help="the rate after warm-up: linear to 0, or constant (linear)")
-    group.add_argument("--weight-decay", type=number(float, 0), default=0.01, help="AdamW's, on matrices only (0.01)")
-    group.add_argument("--clip", type=positive, default=1.0, help="longest gradient: longer ones are scaled down (1)")
-    group.add_argument("--dropout", type=rate, help=f"dropout in the encoder ({by_method('dropout')})")
-    group.add_argument("--head-dropout", type=rate, default=0.1, help="dropout in the head (0.1)")
+                       help="the rate after that: it falls to 0, or stays (%(default)s)")
+    group.add_argument("--weight-decay", metavar="X", type=number(float, 0), default=0.01,
+                       help="AdamW's, on matrices only (%(default)s)")
+    group.add_argument("--clip", metavar="X", type=positive, default=1.0,
+                       help="a gradient longer than this is scaled down to it (%(default)s)")
+    group.add_argument("--dropout", metavar="X", type=rate, help=f"dropout in the encoder ({default('dropout')})")
+    group.add_argument("--head-dropout", metavar="X", type=rate, default=0.1, help="dropout in the head (%(default)s)")
     group.add_argument("--pooling", choices=("mean", "cls"), default="mean",
-                       help="what the head sees of a sentence: the mean of its tokens, or [CLS] (mean)")
-    group.add_argument("--seed", type=number(int, 0), default=0, help="seed of everything random (0)")
+                       help="what the head sees: the mean of a sentence's tokens, or [CLS] (%(default)s)")
+    group.add_argument("--seed", metavar="N", type=number(int, 0), default=0, help="of everything random (%(default)s)")
 
     group = parser.add_argument_group("techniques")
-    group.add_argument("--rank", type=count, help="LoRA: r, the rank of the update (8)")
-    group.add_argument("--alpha", type=positive, help="LoRA: the update is scaled by alpha / rank (16)")
-    group.add_argument("--lora-dropout", type=rate, help="LoRA: dropout on what the update sees (0)")
+    group.add_argument("--rank", metavar="R", type=count, help=f"LoRA: rank of the update ({default('rank')})")
+    group.add_argument("--alpha", metavar="X", type=positive,
+                       help=f"LoRA: the update is scaled by alpha / rank ({default('alpha')})")
+    group.add_argument("--lora-dropout", metavar="X", type=rate,
+                       help=f"LoRA: dropout on what the update sees ({default('lora_dropout')})")
     group.add_argument("--rslora", action="store_true", default=None, help="LoRA: scale by alpha / sqrt(rank)")
-    group.add_argument("--bottleneck", type=count, help="adapters: width of the bottleneck (32)")
-    group.add_argument("--init-std", type=positive, help="adapters: spread of the first weights (0.01)")
+    group.add_argument("--bottleneck", metavar="M", type=count,
+                       help=f"adapters: width of the bottleneck ({default('bottleneck')})")
+    group.add_argument("--init-std", metavar="X", type=positive,
+                       help=f"adapters: spread of the first weights ({default('init_std')})")
     group.add_argument("--norms", nargs="*", metavar="NAME", help="adapters: the LayerNorms trained with them, by the "
-                       "end of their names (attention.norm feed_forward.norm)")
-    group.add_argument("--targets", nargs="+", metavar="NAME", help="adapters, LoRA: the linear layers to put them on, "
-                       "by the end of their names (LoRA: all six of a block; the paper's are: query value)")
-    group.add_argument("--top-layers", type=count, metavar="K", help="train in the top K blocks only (all)")
+                       f"end of their names ({default('norms')})")
+    group.add_argument("--targets", nargs="+", metavar="NAME", help="the linear layers that take part, by the end of "
+                       f"their names; LoRA's paper has: query value ({default('targets')})")
+    group.add_argument("--top-layers", metavar="K", type=count, help="train in the top K blocks only (all)")
 
     group = parser.add_argument_group("the run")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to train (auto)")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                       help="where to train (%(default)s)")
     group.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-                       help="of the linear layers; auto is bf16 where the hardware has it, fp32 repeats to the bit (auto)")
-    group.add_argument("--out", help="folder of the run (runs/METHOD-foldN, or runs/METHOD-seedN with --test)")
-    group.add_argument("--save-every", type=count, default=100, metavar="STEPS", help="how often to save the state (100)")
+                       help="of the linear layers: auto is bf16 where the hardware has it, fp32 repeats to the bit "
+                       "on a CPU (%(default)s)")
+    group.add_argument("--out", metavar="FOLDER", help="folder of the run (runs/METHOD-foldI; with --test, "
+                       "runs/METHOD-seedN)")
+    group.add_argument("--save-every", metavar="STEPS", type=count, default=100,
+                       help="how often to save the state (%(default)s)")
     group.add_argument("--resume", action="store_true", help="go on with an unfinished run")
     group.add_argument("--overwrite", action="store_true", help="replace a run that is there already")
 
@@ -121,7 +138,8 @@ def parse(arguments):
     if not settings.test and settings.fold is None:
         settings.fold = 0
     if settings.out is None:
-        settings.out = f"runs/{settings.method}-" + (f"seed{settings.seed}" if settings.test else f"fold{settings.fold}")
+        repeat = f"seed{settings.seed}" if settings.test else f"fold{settings.fold}"
+        settings.out = f"runs/{settings.method}-{repeat}"
     return settings
 
 
@@ -181,35 +199,6 @@ def describe(model):
     total = sum(parameter.numel() for parameter in model.parameters())
     return lines, {"technique_parameters": trainable - head, "head_parameters": head, "trainable_parameters": trainable,
                    "total_parameters": total, "trainable_percent": 100 * trainable / total}
-
-
-def open_folder(settings, facts):
-    """Make the folder of the run, or check that it holds this run's beginning. Returns whether it is finished.
-
-    facts: everything that decides what the run does; settings.json holds it. Raises ValueError.
-    """
-    folder = Path(settings.out)
-    if settings.resume:
-        if not (folder / "settings.json").is_file():
-            raise ValueError(f"--resume: {folder} holds no run; leave --resume out to begin one")
-        before = checkpoint.read_json(folder / "settings.json")
-        checkpoint.check_weights(folder, before, facts["weights_sha256"])
-        differ = [f"{key} was {before.get(key)!r} and is {facts.get(key)!r}" for key in {**before, **facts}
-                  if before.get(key) != facts.get(key) and key not in ("weights", "data", "test")]  # their hashes count
-        if differ:
-            raise ValueError(f"--resume: {folder} was begun differently: {'; '.join(differ)}")
-        return (folder / checkpoint.FINISHED).is_file()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not settings.overwrite:
-            raise ValueError(f"{folder} is there already: --resume goes on with it, --overwrite replaces it, --out NAME "
-                             "goes elsewhere")
-        if not (folder / "settings.json").is_file():
-            raise ValueError(f"--overwrite: {folder} holds no run, so it is left alone; use another --out")
-        for name in ("metrics.json", "state.safetensors", "model.safetensors", "history.csv", "predictions.csv",
-                     "curves.png", "settings.json"):
-            (folder / name).unlink(missing_ok=True)
-    checkpoint.write_json(folder / "settings.json", facts)
-    return False
 
 
 # -- the loop ---------------------------------------------------------------------------------------------
@@ -280,9 +269,9 @@ def check_finite(step, loss, norm, settings):
     """FloatingPointError if the loss of a step or the length of its gradient is NaN or infinite."""
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise FloatingPointError(
-            f"step {step}: the loss is {loss:g} and the length of its gradient {norm:g}, so training stopped. Try a lower "
-            f"--lr (it was {settings.lr:g}), a longer --warmup or --precision fp32, with --overwrite. The last good state "
-            f"is kept in {settings.out}")
+            f"step {step}: the loss is {loss:g} and the length of its gradient {norm:g}, so training stopped. Try a "
+            f"lower --lr (it was {settings.lr:g}), a longer --warmup or --precision fp32, with --overwrite. The last "
+            f"good state is kept in {settings.out}")
 
 
 def train_epoch(forward, optimizer, rows, epoch, progress, settings, bar):
@@ -297,7 +286,6 @@ def train_epoch(forward, optimizer, rows, epoch, progress, settings, bar):
     first, last = epoch * len(batches) + 1, (epoch + 1) * len(batches)
     unread, recent = [], deque(maxlen=50)
     for step, batch in enumerate(batches, first):
-        bar.update(len(batch))
         if step <= progress["step"]:
             continue
         started = time.perf_counter()
@@ -321,9 +309,11 @@ def train_epoch(forward, optimizer, rows, epoch, progress, settings, bar):
             unread.clear()
             recent.extend(numbers)
             loss, _, accuracy = np.mean(recent, axis=0)
-            bar.set_description_str(f"epoch {epoch + 1}/{settings.epochs}  loss {loss:.3f}  accuracy {accuracy:.1%} ", False)
+            bar.set_description_str(f"epoch {epoch + 1}/{settings.epochs}  loss {loss:.3f}  accuracy {accuracy:.1%} ",
+                                    refresh=False)
         progress["step"] = step
         progress["seconds"] += time.perf_counter() - started
+        bar.update(len(batch))
         if save:
             checkpoint.save_state(state_path(settings), forward.model, optimizer, progress)
 
@@ -334,7 +324,9 @@ def train(forward, optimizer, train_rows, dev_rows, progress, settings):
     started = time.perf_counter()
     forward.encode(train_rows)
     progress["seconds"] += time.perf_counter() - started
-    with tqdm(total=settings.epochs * len(train_rows), unit=" sentences", smoothing=0.05, disable=None,
+    total = settings.epochs * len(train_rows)
+    with tqdm(total=total, initial=min(progress["step"] * settings.batch_size, total), unit=" sentences",
+              smoothing=0.05, disable=None,
               bar_format="{desc}{percentage:3.0f}% |{bar:20}| {rate_fmt}, {remaining} left") as bar:
         for epoch in range(settings.epochs + 1):
             if epoch > 0:
@@ -348,8 +340,9 @@ def train(forward, optimizer, train_rows, dev_rows, progress, settings):
             progress["history"].append(row)
             if epoch > 0:
                 checkpoint.save_state(state_path(settings), forward.model, optimizer, progress)
-            tqdm.write(f"epoch {epoch}/{settings.epochs}   train loss {row['train_loss']:.3f} accuracy "
-                       f"{row['train_accuracy']:.1%}   dev loss {row['dev_loss']:.3f} accuracy {row['dev_accuracy']:.1%}   "
+            tqdm.write(f"epoch {epoch}/{settings.epochs}   "
+                       f"train loss {row['train_loss']:.3f} accuracy {row['train_accuracy']:.1%}   "
+                       f"dev loss {row['dev_loss']:.3f} accuracy {row['dev_accuracy']:.1%}   "
                        f"trained {row['seconds']:.0f} s")
 
 
@@ -391,11 +384,13 @@ def finish(forward, dev_rows, test_rows, progress, settings, metrics):
     wrong = np.flatnonzero(answers.numpy() != labels)
     wrong = wrong[np.argsort(-chances.numpy()[wrong])][:3]
     for row, text in zip(wrong, corpus.texts(dev_rows[wrong])):
-        print(f"  {corpus.classes[answers[row]]} ({chances[row]:.1%}), but labelled {corpus.classes[labels[row]]}: {text[:200]}")
-    memory = metrics["peak_memory_mb"]
-    print(f"\ntest loss {metrics['test_loss']:.3f} accuracy {metrics['test_accuracy']:.1%} on {len(test_rows):,} sentences\n"
-          f"trained {metrics['train_seconds']:.0f} s, {f'{memory:,.0f} MB' if memory else 'unknown'} of memory at the peak, "
-          f"{metrics['saved_bytes'] / 1e6:.1f} MB of trained tensors\n"
+        print(f"  {corpus.classes[answers[row]]} ({chances[row]:.1%}), but labelled "
+              f"{corpus.classes[labels[row]]}: {text[:200]}")
+    memory = f"{metrics['peak_memory_mb']:,.0f} MB" if metrics["peak_memory_mb"] else "unknown"
+    print(f"\ntest loss {metrics['test_loss']:.3f} accuracy {metrics['test_accuracy']:.1%} "
+          f"on {len(test_rows):,} sentences\n"
+          f"training took {metrics['train_seconds']:.0f} s, peak memory {memory}, "
+          f"trained tensors {metrics['saved_bytes'] / 1e6:.1f} MB\n"
           f"written to {folder}/: {', '.join(sorted(path.name for path in folder.iterdir()))}\n"
           f'use it: python -m minipeft {folder} "a sentence of yours"')
     return metrics
@@ -414,27 +409,31 @@ def run(settings):
     train_rows, dev_rows, test_rows = data.split(corpus, settings.fold)
     if settings.limit:
         train_rows = np.sort(np.random.default_rng(settings.seed).permutation(train_rows)[:settings.limit])
+        if len(np.unique(corpus.labels[train_rows])) < len(corpus.classes):
+            raise ValueError(f"--limit {settings.limit} leaves a class without a sentence to train on; take more")
     model = checkpoint.build(vars(settings), len(corpus.classes), weights)
     config = model.encoder.config
     if settings.max_length > config.max_position_embeddings:
-        raise ValueError(f"--max-length {settings.max_length}: the encoder has {config.max_position_embeddings} positions")
+        raise ValueError(f"--max-length {settings.max_length}: the encoder has only {config.max_position_embeddings} "
+                         "positions")
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise ValueError(f"{weights}: tokenizer.json has {tokenizer.get_vocab_size():,} tokens and the encoder only "
                          f"{config.vocab_size:,}: they do not belong together")
     swapped, counts = describe(model)
-    facts = {key: value for key, value in vars(settings).items() if key not in ("out", "resume", "overwrite", "save_every")}
+    facts = {key: value for key, value in vars(settings).items()
+             if key not in ("out", "resume", "overwrite", "save_every")}  # these do not change the outcome
     facts |= {"device": device, "precision": "bf16" if bf16 else "fp32", "classes": corpus.classes,
               "weights_sha256": download.hash_weights(weights),
               "data_sha256": [download.sha256(path) for path in files],
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                            "tokenizers": tokenizers.__version__, "safetensors": safetensors.__version__}}
-    folder = Path(settings.out)
-    if open_folder(settings, facts):  # nothing has been written before this: a mistake leaves nothing behind
+    folder = Path(settings.out)  # nothing has been written so far: a mistake leaves nothing behind
+    if checkpoint.begin(folder, facts, settings.resume, settings.overwrite):
         print(f"{folder} is finished already")
         return checkpoint.read_json(folder / checkpoint.FINISHED)
 
-    print(f"{Path(files[-1]).name}: {len(train_rows):,} sentences to train on, {len(dev_rows):,} dev, {len(test_rows):,} "
-          f"test, labelled {', '.join(corpus.classes)[:200]}", *corpus.notes, *swapped, sep="\n")
+    print(f"{Path(files[-1]).name}: {len(train_rows):,} sentences to train on, {len(dev_rows):,} dev, "
+          f"{len(test_rows):,} test, labelled {', '.join(corpus.classes)[:200]}", *corpus.notes, *swapped, sep="\n")
     print(f"{settings.method} {counts['technique_parameters']:,} + head {counts['head_parameters']:,} = "
           f"{counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters are trained "
           f"({counts['trainable_percent']:.2f} %), on {device} in {facts['precision']}")
@@ -465,7 +464,8 @@ def main(settings):
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command with --resume goes on from the last state in {settings.out}", file=sys.stderr)
+        print(f"\nstopped; the same command with --resume goes on from the last state in {settings.out}",
+              file=sys.stderr)
         return 130
 
 

