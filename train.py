@@ -336,7 +336,6 @@ def train(forward, optimizer, train_rows, dev_rows, progress, settings):
             row = {"epoch": epoch, "seconds": progress["seconds"]}
             row["train_loss"], row["train_accuracy"], _ = forward.evaluate(sample)
             row["dev_loss"], row["dev_accuracy"], _ = forward.evaluate(dev_rows)
-            check_finite(progress["step"], row["dev_loss"], row["train_loss"], settings)
             progress["history"].append(row)
             if epoch > 0:
                 checkpoint.save_state(state_path(settings), forward.model, optimizer, progress)
