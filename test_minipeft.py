@@ -27,7 +27,7 @@ from torch import nn
 import train
 from minipeft import adapter, checkpoint, data, download, lora
 from minipeft.adapter import Adapter, add_adapters, remove_adapters
-from minipeft.bert import Bert, BertConfig, Block, check_tensors, hugging_face_name, load_bert, read_config
+from minipeft.bert import Bert, BertConfig, Block, attend, check_tensors, hugging_face_name, load_bert, read_config
 from minipeft.head import Classifier, freeze, pool
 from minipeft.lora import LoRALinear, add_lora, merge_lora, remove_lora
 
@@ -170,8 +170,25 @@ def test_a_block_is_torch_s_own_post_norm_layer():
         dropout.p = 0.0
     theirs.self_attn.dropout = 0.0
     x, valid = torch.randn(3, 7, 32), torch.arange(7) < torch.tensor([7, 4, 1])[:, None]
-    difference = ours(x, valid[:, None, None, :]) - theirs(x, src_key_padding_mask=~valid)
+    mask = torch.zeros(3, 7).masked_fill(~valid, -math.inf)[:, None, None, :]
+    difference = ours(x, mask) - theirs(x, src_key_padding_mask=~valid)
     assert difference[valid].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("length", [7, 129])  # with and without torch's fused kernel
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-6), (torch.bfloat16, 0.02)])
+def test_attention_is_the_same_with_and_without_the_fused_kernel(length, dtype, close):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 3, length, 8, generator=generator, dtype=dtype).requires_grad_() for _ in "qkv"]
+    mask = torch.zeros(2, 1, 1, length)
+    mask[1, ..., 5:] = -math.inf
+    expected = F.scaled_dot_product_attention(*(x.double() for x in inputs), mask.double())
+    found = attend(*inputs, mask)
+    assert (found - expected).abs().max() < close
+    upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    for ours, theirs in zip(torch.autograd.grad(found, inputs, upstream.to(found.dtype)),
+                            torch.autograd.grad(expected, inputs, upstream)):
+        assert (ours - theirs).abs().max() < 5 * close
 
 
 def test_real_padding_and_batch_order_leave_a_sentence_as_it_was(real):
@@ -429,6 +446,30 @@ def test_training_lora_moves_what_is_listed_and_removing_it_gives_back_the_base(
     assert moved == {name for name in before if "lora_" in name or name.startswith("head.")}
     remove_lora(encoder)
     assert same_bits(bits(encoder), base) and torch.equal(encoder(random_ids()), output)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_gradient_worked_out_by_hand_is_that_of_equation_3(autocast, bias):
+    torch.manual_seed(0)
+    wrapped = LoRALinear(nn.Linear(5, 7, bias=bias).requires_grad_(False), rank=3, alpha=6)
+    nn.init.normal_(wrapped.lora_B)
+    x, dy = torch.randn(2, 4, 5, requires_grad=True), torch.randn(2, 4, 7)
+    update = F.linear(F.linear(x, wrapped.lora_A), wrapped.lora_B)
+    expected = F.linear(x, wrapped.linear.weight, wrapped.bias) + 6 / 3 * update
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = wrapped(x)
+    assert found.dtype == (torch.bfloat16 if autocast else torch.float32)
+    inputs = (x, wrapped.lora_A, wrapped.lora_B)
+    for ours, theirs in [(found, expected), *zip(torch.autograd.grad(found, inputs, dy.to(found.dtype)),
+                                                 torch.autograd.grad(expected, inputs, dy))]:
+        assert (ours - theirs).abs().max() < (0.02 if autocast else 1e-6) * theirs.abs().max()
+
+
+def test_lora_over_weights_that_are_trained_too():
+    wrapped = LoRALinear(nn.Linear(5, 7))
+    wrapped(torch.randn(3, 5)).sum().backward()
+    assert wrapped.linear.weight.grad is not None and wrapped.linear.bias.grad is not None
 
 
 def test_lora_s_dropout_leaves_the_base_path_alone():

@@ -19,13 +19,15 @@ DEFAULTS = {
     "lora": {"lr": 5e-4, "targets": ["query", "key", "value", "attention.output", "intermediate",
                                      "feed_forward.output"],
              "rank": 8, "alpha": 16.0, "lora_dropout": 0.0, "rslora": False, "dropout": 0.0, "top_layers": None},
+    "bitfit": {"lr": 1e-3, "dropout": 0.0, "top_layers": None},
     "full": {"lr": 5e-5, "dropout": 0.1, "top_layers": None},
 }
 READ_EVERY = 10      # steps between looks at the loss: on a GPU each look has to wait for it
 TRAIN_SAMPLE = 1000  # sentences of the training set that training loss and accuracy are measured on
 METRICS = ("method", "seed", "epochs", "train_loss", "train_accuracy", "dev_loss", "dev_accuracy", "test_loss",
            "test_accuracy", "technique_parameters", "head_parameters", "trainable_parameters", "total_parameters",
-           "trainable_percent", "train_seconds", "peak_memory_mb", "saved_bytes", "device", "precision")
+           "trainable_percent", "train_seconds", "step_milliseconds", "sentences_per_second", "peak_memory_mb",
+           "saved_bytes", "device", "precision")
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,11 +49,11 @@ def number(kind, low, high=math.inf):
 
 def parse(arguments):
     """The settings of a run, from its command line: an argparse.Namespace."""
-    parser = Parser(prog="train.py", usage="python train.py {head,adapter,lora,full} [options]",
+    parser = Parser(prog="train.py", usage="python train.py {head,adapter,lora,bitfit,full} [options]",
                     description="Fine-tune a small BERT to classify sentences. Defaults stand in brackets.",
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100))
     parser.add_argument("method", choices=DEFAULTS, metavar="method", help="what is trained: head (the last two layers "
-                        "only), adapter or lora (the head as well), or full (everything)")
+                        "only), adapter, lora or bitfit (each with the head), or full (everything)")
     count, rate, positive = number(int, 1), number(float, 0, 1), number(float, 1e-12)
 
     def default(option):  # of every technique that has this option
@@ -73,7 +75,7 @@ def parse(arguments):
     group.add_argument("--limit", metavar="N", type=number(int, 2), help="train on N sentences chosen at random (all)")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", metavar="N", type=count, default=3,
+    group.add_argument("--epochs", metavar="N", type=number(int, 0), default=3,
                        help="passes over the training set (%(default)s)")
     group.add_argument("--lr", metavar="X", type=positive, help=f"highest learning rate ({default('lr')})")
     group.add_argument("--batch-size", metavar="N", type=count, default=32, help="sentences a step (%(default)s)")
@@ -161,7 +163,7 @@ from tqdm import tqdm
 from minipeft import checkpoint, data, download, plots
 from minipeft.adapter import Adapter
 from minipeft.bert import frozen_to_bf16, has_bf16
-from minipeft.lora import LoRALinear
+from minipeft.lora import LoRALinear, merge_lora
 
 
 # -- before training --------------------------------------------------------------------------------------
@@ -312,7 +314,9 @@ def train_epoch(forward, optimizer, rows, epoch, progress, settings, bar):
             bar.set_description_str(f"epoch {epoch + 1}/{settings.epochs}  loss {loss:.3f}  accuracy {accuracy:.1%} ",
                                     refresh=False)
         progress["step"] = step
-        progress["seconds"] += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        progress["seconds"] += seconds
+        progress["recent_seconds"] = [*progress["recent_seconds"][-999:], seconds]
         bar.update(len(batch))
         if save:
             checkpoint.save_state(state_path(settings), forward.model, optimizer, progress)
@@ -365,6 +369,8 @@ def finish(forward, dev_rows, test_rows, progress, settings, metrics):
     metrics["test_loss"], metrics["test_accuracy"], logits = forward.evaluate(test_rows)
     metrics |= {"epochs": settings.epochs, "train_seconds": progress["seconds"],
                 "peak_memory_mb": peak_memory(forward.device)}
+    if progress["recent_seconds"]:
+        metrics["step_milliseconds"] = 1000 * float(np.median(progress["recent_seconds"]))
     checkpoint.write_tensors(folder / "model.safetensors", checkpoint.trained(forward.model))
     metrics["saved_bytes"] = (folder / "model.safetensors").stat().st_size
     checkpoint.write_csv(folder / "predictions.csv", ["row", "label", *corpus.classes], (
@@ -373,12 +379,16 @@ def finish(forward, dev_rows, test_rows, progress, settings, metrics):
     checkpoint.write_csv(folder / "history.csv", list(history[0]), (row.values() for row in history))
     with download.whole(folder / "curves.png") as aside:
         plots.curves(history, f"{settings.method} on {Path(corpus.files[-1]).name}", aside)
-    metrics = {key: metrics[key] for key in METRICS}
+    merge_lora(forward.model)  # as for use; what it costs to use is measured on dev
+    started = time.perf_counter()
+    logits = data.predict(forward.model.eval(), corpus.sentences(dev_rows), forward.device, forward.bf16)
+    metrics["sentences_per_second"] = len(dev_rows) / (time.perf_counter() - started)
+    metrics = {key: metrics.get(key) for key in METRICS}
     checkpoint.write_json(folder / checkpoint.FINISHED, metrics)
     state_path(settings).unlink(missing_ok=True)
 
     print("\nthe most confident mistakes on dev:")
-    chances, answers = forward.evaluate(dev_rows)[2].softmax(1).max(1)
+    chances, answers = torch.from_numpy(logits).softmax(1).max(1)
     labels = corpus.labels[dev_rows]
     wrong = np.flatnonzero(answers.numpy() != labels)
     wrong = wrong[np.argsort(-chances.numpy()[wrong])][:3]
@@ -444,7 +454,7 @@ def run(settings):
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
          {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}], lr=settings.lr, fused=True)
-    progress = {"step": 0, "seconds": 0.0, "history": []}
+    progress = {"step": 0, "seconds": 0.0, "recent_seconds": [], "history": []}
     if settings.resume and state_path(settings).is_file():
         progress = checkpoint.load_state(state_path(settings), model, optimizer)
         print(f"going on after step {progress['step']}")

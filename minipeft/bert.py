@@ -4,6 +4,7 @@ Post-norm, exact (erf) GELU, learned positions: with the same weights it compute
 Read downwards: config, the two sub-layers of a block, the encoder, then loading.
 """
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -28,6 +29,24 @@ class BertConfig:
     attention_probs_dropout_prob: float = 0.1
 
 
+def attend(query, key, value, mask=None, dropout=0.0):
+    """softmax(Q K^T / sqrt(d) + mask) V (Vaswani et al. 2017, arXiv 1706.03762, equation 1).
+
+    query, key, value: (batch, heads, length, d). mask: (batch, 1, 1, length), 0 where a key may be seen and
+    -infinity where it is padding. Returns (batch, heads, length, d).
+    """
+    on_cpu = query.device.type == "cpu"
+    if on_cpu and query.shape[2] <= 128:  # for short sentences a CPU is faster without the fused kernel
+        scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(-1, -2)  # (batch, heads, length, length)
+        weights = (scores if mask is None else scores + mask).softmax(-1, dtype=torch.float32)
+        return F.dropout(weights, dropout).to(value.dtype) @ value
+    if on_cpu:  # whose backward in bf16 is several times slower there than in fp32
+        query, key, value = query.float(), key.float(), value.float()
+    mask = None if mask is None else mask.to(query.dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout)
+
+
 class Attention(nn.Module):
     """The first sub-layer of a block: LayerNorm(x + Dropout(Output(MultiHeadAttention(x))))."""
 
@@ -44,18 +63,14 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x, mask=None):
-        """(batch, length, hidden) -> the same; mask (batch, 1, 1, length) is True where a key may be seen."""
+        """(batch, length, hidden) -> the same; mask (batch, 1, 1, length) is added to the scores: 0 where a key may
+        be seen, -infinity where it is padding."""
         def heads(projected):  # (batch, length, hidden) -> (batch, heads, length, hidden / heads)
-            return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).contiguous()
 
         query, key, value = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
-        dtype = query.dtype
-        if x.device.type == "cpu":  # in bf16 the backward of this call is several times slower on a CPU
-            query, key, value = query.float(), key.float(), value.float()
-        with torch.autocast(x.device.type, enabled=False):
-            context = F.scaled_dot_product_attention(
-                query, key, value, mask, dropout_p=self.attention_dropout if self.training else 0.0)
-        context = context.transpose(1, 2).flatten(2).to(dtype)  # back to (batch, length, hidden)
+        context = attend(query, key, value, mask, self.attention_dropout if self.training else 0.0)
+        context = context.transpose(1, 2).flatten(2).to(query.dtype)  # back to (batch, length, hidden)
         return self.norm(x + self.dropout(self.output(context)))
 
 
@@ -128,7 +143,10 @@ class Bert(nn.Module):
         x = self.embeddings(input_ids)
         if torch.is_autocast_enabled(x.device.type):  # the linear layers decide: no casts to and fro between them
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        mask = None
+        if attention_mask is not None:
+            mask = torch.zeros(attention_mask.shape, device=x.device).masked_fill(attention_mask == 0, -math.inf)
+            mask = mask[:, None, None, :]
         for layer in self.layers:
             x = layer(x, mask)
         return x
@@ -256,5 +274,7 @@ def has_bf16(device):
 def frozen_to_bf16(model):
     """Store the weights of frozen linear layers in bf16, once. Autocast would round them alike at every use."""
     for module in model.modules():
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-            module.to(torch.bfloat16)
+        if isinstance(module, nn.Linear):
+            for parameter in module.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)

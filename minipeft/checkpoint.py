@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from .adapter import add_adapters
 from .bert import check_tensors, load_bert, read_safetensors
 from .download import find_weights, hash_weights, whole
-from .head import Classifier, freeze
+from .head import Classifier, freeze, train_biases
 from .lora import add_lora
 
 FINISHED = "metrics.json"  # the last file a run writes
@@ -94,6 +94,8 @@ def build(settings, classes, weights):
     elif method == "lora":
         add_lora(part, settings["targets"], settings["rank"], settings["alpha"], settings["lora_dropout"],
                  settings["rslora"])
+    elif method == "bitfit":
+        train_biases(part)
     elif method == "full":
         part.requires_grad_(True)
     torch.manual_seed(settings["seed"])

@@ -171,20 +171,24 @@ def as_table(ratings):
     return "\n".join(table).encode("utf-8") + b"\n"
 
 
+def read_data_package(name):
+    """One file of the archive of rated sentences that the data package carries."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = fetch_package(DATA_PACKAGE, DATA_PACKAGE_SHA256, folder, "--no-binary=:all:")
+        with tarfile.open(source) as outer:
+            inner = next(name for name in outer.getnames() if name.endswith("/hutto_ICWSM_2014.tar.gz"))
+            with tarfile.open(fileobj=io.BytesIO(outer.extractfile(inner).read())) as archive:
+                return archive.extractfile(f"hutto_ICWSM_2014/{name}").read()
+
+
 def fetch_data():
     """The file of the default data, made if it is not there yet. OSError, with what to do by hand, if it fails."""
     if DATA.is_file():
         check(f"{DATA} (delete it and run again)", DATA.read_bytes(), DATA_SHA256)
         return DATA
-    inner = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            source = fetch_package(DATA_PACKAGE, DATA_PACKAGE_SHA256, folder, "--no-binary=:all:")
-            with tarfile.open(source) as outer:
-                name = next(name for name in outer.getnames() if name.endswith("/hutto_ICWSM_2014.tar.gz"))
-                with tarfile.open(fileobj=io.BytesIO(outer.extractfile(name).read())) as archive:
-                    ratings = archive.extractfile(inner).read()
-            put(DATA, check(DATA.name, as_table(check(inner, ratings, RATINGS_SHA256)), DATA_SHA256))
+        ratings = check("the file of ratings", read_data_package("movieReviewSnippets_GroundTruth.txt"), RATINGS_SHA256)
+        put(DATA, check(DATA.name, as_table(ratings), DATA_SHA256))
     except Exception as error:  # pip is missing, the network is, the package has changed: one way out for all
         raise OSError(f"the data could not be fetched ({first_line(error)}). By hand: run this on a machine with a "
                       f"network and copy its {DATA.name} to {DATA}; or bring your own with --data FILE") from None

@@ -13,6 +13,18 @@ def freeze(encoder):
     return []
 
 
+def train_biases(encoder):
+    """Train the biases of `encoder` and nothing else: BitFit (Ben Zaken et al. 2021, arXiv 2106.10199).
+
+    Not one of the three techniques but their cheapest rival. No module is swapped; returns the names of the biases.
+    """
+    biases = {name: parameter for name, parameter in encoder.named_parameters() if name.endswith("bias")}
+    encoder.requires_grad_(False)
+    for parameter in biases.values():
+        parameter.requires_grad_(True)
+    return list(biases)
+
+
 def pool(hidden, attention_mask=None, pooling="mean"):
     """One vector a sentence: (batch, length, hidden) -> (batch, hidden).
 

@@ -8,6 +8,31 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+class LowRankLinear(torch.autograd.Function):
+    """y = x W^T + b + (x A^T) B^T for frozen W and b, with the gradient worked out by hand:
+
+        dx = dy W + (dy B) A,    dA = (dy B)^T x,    dB = dy^T (x A^T)
+
+    Autograd arrives at the same, but makes a large tensor of each term and then adds them up. Here the
+    second matrix product of a sum adds to the first where it lies. x is (n, in), A (rank, in), B (out, rank).
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, b, A, B):
+        low_rank = x @ A.T  # (n, rank)
+        ctx.save_for_backward(x, W, A, B, low_rank)
+        return F.linear(x, W, b).addmm_(low_rank, B.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, W, A, B, low_rank = ctx.saved_tensors
+        d_low_rank = dy @ B
+        dx = (dy @ W).addmm_(d_low_rank, A) if ctx.needs_input_grad[0] else None
+        return dx, None, None, d_low_rank.T @ x, (low_rank.T @ dy).T
 
 
 class LoRALinear(nn.Module):
@@ -35,8 +60,15 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         """(..., in_features) -> (..., out_features)"""
-        low_rank = F.linear(self.dropout(x), self.lora_A) * self.scaling  # (..., rank)
-        return self.linear(x) + F.linear(low_rank, self.lora_B)
+        dropout = self.training and self.dropout.p > 0
+        if dropout or any(parameter.requires_grad for parameter in self.linear.parameters()):
+            low_rank = F.linear(self.dropout(x), self.lora_A) * self.scaling  # (..., rank)
+            return self.linear(x) + F.linear(low_rank, self.lora_B)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        y = LowRankLinear.apply(x.to(dtype).flatten(0, -2), self.linear.weight.to(dtype), self.bias,
+                                self.lora_A.to(dtype), (self.scaling * self.lora_B).to(dtype))
+        return y.unflatten(0, x.shape[:-1])
 
     @property
     def weight(self):
