@@ -5,6 +5,7 @@ and data, which they fetch once like anyone else.
 """
 import csv
 import inspect
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -25,10 +27,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import nn
 
 import train
-from minipeft import adapter, checkpoint, data, download, lora
+from minipeft import adapter, checkpoint, data, download, lora, statistics
 from minipeft.adapter import Adapter, add_adapters, remove_adapters
-from minipeft.bert import Bert, BertConfig, Block, attend, check_tensors, hugging_face_name, load_bert, read_config
-from minipeft.head import Classifier, freeze, pool
+from minipeft.bert import Bert, BertConfig, Block, attend, check_tensors, dropout, hugging_face_name, load_bert, read_config
+from minipeft.head import Classifier, freeze, pool, train_biases
 from minipeft.lora import LoRALinear, add_lora, merge_lora, remove_lora
 
 ROOT = Path(__file__).parent
@@ -191,6 +193,21 @@ def test_attention_is_the_same_with_and_without_the_fused_kernel(length, dtype, 
         assert (ours - theirs).abs().max() < 5 * close
 
 
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.full((101, 1003), 3.0, requires_grad=True)
+    for p in (0.1, 0.5, 0.9):
+        y = dropout(x, p)
+        kept = y != 0
+        assert kept.float().mean() == pytest.approx(1 - p, abs=0.005)
+        for axis in (0, 1):  # no row, column or place in a draw of four is favoured
+            assert kept.float().mean(axis).std() < 1.2 * math.sqrt(p * (1 - p) / x.shape[axis])
+        assert all(kept.flatten()[i::4].float().mean() == pytest.approx(1 - p, abs=0.01) for i in range(4))
+        assert torch.allclose(y[kept], torch.tensor(3 / (1 - p)))
+        assert torch.allclose(torch.autograd.grad(y.sum(), x)[0], y / 3)
+    assert not dropout(x, 1.0).any() and torch.equal(dropout(x, 0.0), x)
+
+
 def test_real_padding_and_batch_order_leave_a_sentence_as_it_was(real):
     torch.manual_seed(0)
     model = Classifier(load_bert(real), 2).eval()
@@ -322,6 +339,20 @@ def test_head_tuning_trains_the_last_two_layers_and_nothing_else(tiny):
     few_steps(model)
     moved = {name for name, tensor in bits(model).items() if not torch.equal(tensor, before[name])}
     assert moved == {"head.dense.weight", "head.dense.bias", "head.classifier.weight", "head.classifier.bias"}
+
+
+def test_bitfit_trains_the_biases_and_nothing_else(tiny):
+    encoder = load_bert(tiny)
+    encoder.pooler = None
+    names = train_biases(encoder)
+    model = Classifier(encoder, 2)
+    before = bits(model)
+    few_steps(model)
+    moved = {name for name, tensor in bits(model).items() if not torch.equal(tensor, before[name])}
+    still = {f"encoder.layers.{i}.attention.key.bias" for i in (0, 1)}  # adds the same to all scores: softmax drops it
+    assert moved | still == {name for name in before if name.endswith("bias") or name.startswith("head.")} | still
+    assert {"encoder." + name for name in names} == {name for name in before if name.endswith("bias")} - {
+        "head.dense.bias", "head.classifier.bias"}
 
 
 def test_every_technique_starts_with_the_same_head(settings, tiny):
@@ -787,7 +818,7 @@ def result(settings):
     """All that a run leaves behind that does not depend on the clock."""
     folder = Path(settings.out)
     metrics = {k: v for k, v in json.loads((folder / "metrics.json").read_text()).items()
-               if k not in ("train_seconds", "peak_memory_mb")}
+               if k not in ("train_seconds", "step_milliseconds", "sentences_per_second", "peak_memory_mb")}
     return metrics, (folder / "model.safetensors").read_bytes(), (folder / "predictions.csv").read_text()
 
 
@@ -796,8 +827,8 @@ def test_a_whole_run(settings, tiny, capsys, method):
     chosen = settings(method, "--epochs", "3", *(["--lr", "0.003"] if method == "full" else []))
     metrics = train.run(chosen)
     assert tuple(metrics) == train.METRICS and metrics["epochs"] == 3 and metrics["method"] == method
-    assert metrics["test_accuracy"] > (0.6 if method == "head" else 0.9)  # the task is easy, and is learnt; but the
-    assert metrics["train_accuracy"] > (0.6 if method == "head" else 0.9)  # frozen encoder is random
+    assert metrics["test_accuracy"] > (0.6 if method in ("head", "bitfit") else 0.9)  # an easy task; but the
+    assert metrics["train_accuracy"] > (0.6 if method in ("head", "bitfit") else 0.9)  # frozen weights are random
     folder = Path(chosen.out)
     assert {path.name for path in folder.iterdir()} == {
         "settings.json", "history.csv", "metrics.json", "model.safetensors", "predictions.csv", "curves.png"}
@@ -811,7 +842,8 @@ def test_a_whole_run(settings, tiny, capsys, method):
     assert sum(tensor.numel() for tensor in saved.values()) == metrics["trainable_parameters"]
     assert metrics["trainable_parameters"] == metrics["technique_parameters"] + metrics["head_parameters"]
     assert metrics["head_parameters"] == 32 * 32 + 32 + 32 * 2 + 2
-    expected = {"head": 0, "adapter": 4 * (2 * 32 * 32 + 32 + 32) + 4 * 64, "lora": 2 * 8 * (4 * (32 + 32) + 2 * (32 + 64)),
+    biases = sum(t.numel() for n, t in load_bert(tiny).state_dict().items() if "bias" in n and "pooler" not in n)
+    expected = {"head": 0, "bitfit": biases, "adapter": 4 * (2 * 32 * 32 + 32 + 32) + 4 * 64, "lora": 2 * 8 * (4 * (32 + 32) + 2 * (32 + 64)),
                 "full": sum(t.numel() for n, t in load_bert(tiny).state_dict().items() if "pooler" not in n)}
     assert metrics["technique_parameters"] == expected[method]
     said = capsys.readouterr().out
@@ -825,8 +857,8 @@ def test_the_same_command_gives_the_same_bits_and_another_seed_others(settings):
     assert result(one) == result(two) and result(one)[1] != result(other)[1]
 
 
-@pytest.mark.parametrize("method, options", [("lora", ["--lora-dropout", 0.2, "--dropout", 0.1]), ("adapter", []),
-                                             ("head", []), ("full", [])])
+@pytest.mark.parametrize("method, options", [("lora", ["--lora-dropout", 0.2, "--dropout", 0.1]), ("lora", []),
+                                             ("adapter", []), ("head", []), ("full", [])])
 def test_a_run_interrupted_anywhere_ends_in_the_same_bits(settings, monkeypatch, method, options):
     whole, broken = settings(method, *options, out="whole"), settings(method, *options, "--save-every", 7, out="broken")
     train.run(whole)
@@ -1023,12 +1055,15 @@ print([value.hex() for value in data.predict(model, sentences).ravel().tolist()]
 
 @pytest.mark.parametrize("method", train.DEFAULTS)
 def test_a_run_opened_in_a_fresh_process_gives_the_same_bits(settings, monkeypatch, method):
-    chosen, models = settings(method, "--epochs", 1), []
-    finish = train.finish
-    monkeypatch.setattr(train, "finish", lambda forward, *rest: models.append(forward.model) or finish(forward, *rest))
-    train.run(chosen)
+    chosen, here, finish = settings(method, "--epochs", 1), [], train.finish
     sentences, _ = data.tokenize(data.load_tokenizer(chosen.weights, 40), ["a good film", "a very dull plot"])
-    here = [value.hex() for value in data.predict(models[0].eval(), sentences).ravel().tolist()]
+
+    def predict_and_finish(forward, *rest):
+        here.extend(value.hex() for value in data.predict(forward.model.eval(), sentences).ravel().tolist())
+        return finish(forward, *rest)
+
+    monkeypatch.setattr(train, "finish", predict_and_finish)
+    train.run(chosen)
     fresh = subprocess.run([sys.executable, "-c", FRESH, chosen.out], cwd=ROOT, check=True, capture_output=True, text=True)
     assert fresh.stdout.strip() == str(here)
 
@@ -1082,6 +1117,186 @@ def test_classifying_from_the_shell(finished, tmp_path):
     assert len(lines) == 3 and [lines[0], lines[2]] == given.stdout.splitlines()
     wrong = use(tmp_path / "none", "text")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "no finished run" in wrong.stderr
+
+
+# -- statistics.py ----------------------------------------------------------------------------------------
+
+def simulate(rng, runs, run_std=0.0, shared=0.0, mean=0.02, sentences=1000, discordant=0.1):
+    """right_a - right_b, (runs, sentences), of methods that truly differ by `mean`, and each run's own truth.
+
+    Exactly one of the two methods is right on a share `discordant` of the sentences. Runs vary by `run_std`;
+    with `shared` > 0 the runs have their sentences in common, and a sentence is partly the same for each of them.
+    """
+    truth = np.clip(mean + run_std * rng.standard_normal(runs), -discordant, discordant)
+    z = np.sqrt(1 - shared) * rng.standard_normal((runs, sentences)) + np.sqrt(shared) * rng.standard_normal(sentences)
+    share = np.clip([(discordant + truth) / 2, (discordant - truth) / 2], 1e-12, 0.5)  # only A right, only B right
+    only_a, only_b = np.array([[NormalDist().inv_cdf(x) for x in row] for row in share])[:, :, None]
+    return (z < only_a).astype(int) - (z > -only_b), truth
+
+
+def coverage(runs, times=300, **how):
+    """How often the 95 % interval holds the true difference of the methods, and that of the very runs it is from."""
+    rng, methods, own = np.random.default_rng(runs), 0, 0
+    for seed in range(times):
+        differences, truth = simulate(rng, runs, **how)
+        _, low, high = statistics.paired_bootstrap(differences, 1000, seed, same_sentences="shared" in how)
+        methods += low <= 0.02 <= high
+        own += low <= truth.mean() <= high
+    return methods / times, own / times
+
+
+def pairs(only_a, only_b, both=3):
+    right = np.repeat([[1, 0], [0, 1], [1, 1]], [only_a, only_b, both], axis=0).astype(bool)
+    return right[:, 0], right[:, 1]
+
+
+def test_the_interval_of_one_run_is_about_that_run_alone():
+    assert 0.92 <= coverage(1, 500)[0] <= 0.98
+    methods, own = coverage(1, 500, run_std=0.02)
+    assert 0.92 <= own <= 0.98 and methods < 0.75  # if runs vary, one run cannot show it
+
+
+@pytest.mark.parametrize("runs, run_std, least, most", [
+    (3, 0.0, 0.97, 1.0), (3, 0.01, 0.95, 1.0),  # three runs cannot prove that runs do not matter
+    (3, 0.02, 0.92, 0.98), (10, 0.0, 0.93, 0.99), (10, 0.02, 0.92, 0.98)])
+def test_the_interval_of_several_runs_covers_the_true_difference_of_the_methods(runs, run_std, least, most):
+    assert least <= coverage(runs, run_std=run_std)[0] <= most
+
+
+@pytest.mark.parametrize("run_std, least, most", [(0.0, 0.95, 1.0), (0.02, 0.92, 0.99)])
+def test_the_interval_of_seeds_on_the_same_sentences_covers_it_too(run_std, least, most):
+    assert least <= coverage(3, run_std=run_std, shared=0.7)[0] <= most
+
+
+def test_a_sentence_that_goes_alike_in_every_run_counts_once():
+    d = np.repeat([1, -1, 0], [60, 40, 900])
+    one = statistics.paired_bootstrap([d])
+    assert statistics.paired_bootstrap([d, d, d], same_sentences=True) == pytest.approx(one)
+    _, low, high = statistics.paired_bootstrap([d, d, d])
+    assert (high - low) / (one[2] - one[1]) == pytest.approx(math.sqrt(1 / 3), rel=0.05)
+
+
+@pytest.mark.parametrize("runs, t", [(2, 12.706), (3, 4.303), (10, 2.262)])  # t quantiles from a printed table
+def test_where_runs_vary_the_interval_is_student_t_and_sentences_are_not_counted_twice(runs, t):
+    d = [np.repeat([1, -1, 0], [60 + 40 * (r % 2), 40, 900 - 40 * (r % 2)]) for r in range(runs)]
+    mean, low, high = statistics.paired_bootstrap(d, 200_000)
+    error = np.std([x.mean() for x in d], ddof=1) / math.sqrt(runs)
+    assert (high - low) / 2 == pytest.approx(t * error, rel=0.03) and (high + low) / 2 == pytest.approx(mean, abs=0.01)
+
+
+def test_the_interval_adds_runs_to_sentences_that_are_the_same_for_all():
+    d, rng = np.repeat([1, -1, 0], [60, 40, 900]), np.random.default_rng(0)
+    runs = np.array([-1, 0, 1]) * math.sqrt(2 * d.var() / 1000)
+    _, low, high = statistics.paired_bootstrap(d + runs[:, None], 100_000, level=0.5, same_sentences=True)
+    expected = (rng.standard_t(2, 100_000) * math.sqrt(runs.var(ddof=1) / 3)
+                + rng.standard_normal(100_000) * math.sqrt(d.var() / 1000))
+    assert high - low == pytest.approx(np.diff(np.quantile(expected, [0.25, 0.75]))[0], rel=0.03)
+
+
+def test_the_interval_is_that_of_drawing_sentences_one_by_one():
+    d = np.repeat([1, -1, 0], [60, 40, 900])
+    drawn = np.random.default_rng(1).choice(d, (4000, 1000)).mean(1)
+    mean, low, high = statistics.paired_bootstrap([d], level=0.9)
+    assert mean == pytest.approx(0.02) and (low, high) == pytest.approx(np.quantile(drawn, [0.05, 0.95]), abs=1.1e-3)
+    assert statistics.paired_bootstrap([d], seed=3) == statistics.paired_bootstrap([d], seed=3)
+
+
+def test_the_mean_is_over_all_sentences_not_over_runs():
+    assert statistics.paired_bootstrap([[1, 1], [0] * 6])[0] == pytest.approx(2 / 8)
+    assert statistics.paired_bootstrap([[0, 0], [0, 0, 0]]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("only_a, only_b, p", [
+    (5, 1, 14 / 64),  # 2 (1 + 6) / 2^6
+    (1, 5, 14 / 64), (0, 8, 2 / 256), (8, 2, 112 / 1024), (3, 3, 1), (1, 0, 1), (0, 0, 1)])
+def test_mcnemar_by_hand(only_a, only_b, p):
+    assert statistics.mcnemar(*pairs(only_a, only_b)) == (only_a, only_b, p)
+
+
+def test_mcnemar_of_thousands():
+    normal = 2 * NormalDist().cdf(-199 / math.sqrt(11800))  # with the continuity correction
+    assert statistics.mcnemar(*pairs(6000, 5800))[2] == pytest.approx(normal, rel=1e-3)
+    assert statistics.mcnemar(*pairs(5000, 0))[2] == 0
+
+
+def test_mcnemar_rejects_equals_no_more_often_than_it_says():
+    for discordant in (1, 6, 25, 100):
+        p = np.array([statistics.mcnemar(*pairs(k, discordant - k))[2] for k in range(discordant + 1)])
+        chance = np.array([math.comb(discordant, k) / 2 ** discordant for k in range(discordant + 1)])
+        for level in (0.01, 0.05, 0.1, 0.2, 0.5):
+            assert chance[p <= level].sum() <= level + 1e-12  # exact: all outcomes with their probabilities
+    assert chance[p <= 0.05].sum() > 0.03  # and is of some use
+
+
+def test_permutation_test_against_every_flip():
+    d = np.array([1, 1, 1 / 3, 2 / 3, -1 / 3, 0, 1, -2 / 3])
+    flips = np.array(list(itertools.product([1, -1], repeat=len(d)))) @ d
+    exact = (np.abs(flips) >= np.abs(d.sum()) - 1e-9).mean()
+    assert statistics.permutation_test(d, 100_000) == pytest.approx(exact, abs=0.005)
+    assert statistics.permutation_test([0.1, 0.2, 0.1, 0.3, 0.2], 100_000) == pytest.approx(2 / 32, abs=0.003)
+    assert statistics.permutation_test([0, 0, 0]) == 1
+    assert statistics.permutation_test([1.0] * 60, 999) == 1 / 1000  # never zero
+
+
+def test_permutation_test_is_level_on_seeds_where_the_pooled_table_is_not():
+    rng, p, pooled = np.random.default_rng(0), [], []
+    for seed in range(300):
+        d, _ = simulate(rng, runs=3, shared=0.9, mean=0)
+        p.append(statistics.permutation_test(d.mean(0), 999, seed))
+        pooled.append(statistics.mcnemar(d.ravel() > 0, d.ravel() < 0)[2])
+    for level in (0.05, 0.1, 0.2, 0.5):
+        assert np.mean(np.array(p) <= level) == pytest.approx(level, abs=3 * math.sqrt(level * (1 - level) / 300))
+    assert np.mean(np.array(pooled) <= 0.05) > 0.1
+
+
+def test_holm_by_hand():
+    # in order 0.005, 0.01, 0.03, 0.04, times 4, 3, 2, 1: 0.02, 0.03, 0.06, 0.04, and the last not below 0.06
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert list(statistics.holm([0.7, 0.6])) == [1, 1] and list(statistics.holm([0.2])) == [0.2]
+
+
+def test_smallest_detectable_by_hand():
+    n = ((1.959964 * math.sqrt(0.5) + 0.841621 * math.sqrt(0.5 - 0.4 ** 2)) / 0.4) ** 2  # 22.01
+    assert statistics.smallest_detectable(0.5, n) == pytest.approx(0.4, rel=1e-5)
+    assert statistics.smallest_detectable(0.1, 1000, power=0.5) == pytest.approx(1.959964 * math.sqrt(0.1 / 1000))
+    assert statistics.smallest_detectable(0, 1000) == statistics.smallest_detectable(0.005, 1000) == math.inf
+
+
+@pytest.mark.parametrize("discordant, sentences", [(0.1, 1000), (0.05, 4000), (0.3, 200)])
+def test_the_smallest_detectable_difference_is_found_four_times_in_five(discordant, sentences):
+    rng, delta = np.random.default_rng(0), statistics.smallest_detectable(discordant, sentences)
+    for share, least, most in [(1, 0.73, 0.82), (0.5, 0.2, 0.4)]:  # the exact test is a little weaker than the formula
+        chances = [(discordant + share * delta) / 2, (discordant - share * delta) / 2, 1 - discordant]
+        found = [statistics.mcnemar(*pairs(*counts))[2] <= 0.05 for counts in rng.multinomial(sentences, chances, 1000)]
+        assert least <= np.mean(found) <= most
+
+
+def test_mean_std_by_hand():
+    assert statistics.mean_std([2, 4, 6]) == (4, 2)
+    mean, std = statistics.mean_std([3])
+    assert mean == 3 and math.isnan(std)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: statistics.mean_std([]), "1 or more"),
+    (lambda: statistics.mean_std([1, math.nan]), "finite"),
+    (lambda: statistics.paired_bootstrap([]), "one run or more"),
+    (lambda: statistics.paired_bootstrap([1, 0, -1]), "flat"),
+    (lambda: statistics.paired_bootstrap([[1, 0], [1]]), "2 or more"),
+    (lambda: statistics.paired_bootstrap([[1, 0], [1, 0, 0]], same_sentences=True), r"\[2, 3\]"),
+    (lambda: statistics.paired_bootstrap([[1, 0]], level=95), "level"),
+    (lambda: statistics.mcnemar([], []), "right_a"),
+    (lambda: statistics.mcnemar([True, False], [True]), "lengths 2 and 1"),
+    (lambda: statistics.mcnemar([0.9, 0.2], [1, 0]), "True or False"),
+    (lambda: statistics.permutation_test([]), "per_sentence_differences"),
+    (lambda: statistics.permutation_test([1.0], permutations=0), "at least 1"),
+    (lambda: statistics.holm([]), "p_values"),
+    (lambda: statistics.holm([0.5, 1.5]), "0..1"),
+    (lambda: statistics.smallest_detectable(1.2, 1000), "1.2"),
+    (lambda: statistics.smallest_detectable(0.1, 1000, power=0.01), "power")])
+def test_unusable_input_to_the_statistics_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 # -- the repository ---------------------------------------------------------------------------------------

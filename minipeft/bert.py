@@ -29,22 +29,36 @@ class BertConfig:
     attention_probs_dropout_prob: float = 0.1
 
 
-def attend(query, key, value, mask=None, dropout=0.0):
+def dropout(x, p):
+    """Each element becomes 0 with probability p, and x / (1 - p) otherwise; p to the nearest multiple of 2^-16."""
+    if x.device.type != "cpu" or not 0 < p < 1:
+        return F.dropout(x, p)
+    bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None)  # one draw serves four elements:
+    kept = bits.view(torch.int16)[:x.numel()].view(x.shape) >= round(p * 2**16) - 2**15  # F.dropout takes one for each
+    return x * (kept.to(x.dtype) / (1 - p))
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x):
+        return dropout(x, self.p) if self.training else x
+
+
+def attend(query, key, value, mask=None, p=0.0):
     """softmax(Q K^T / sqrt(d) + mask) V (Vaswani et al. 2017, arXiv 1706.03762, equation 1).
 
     query, key, value: (batch, heads, length, d). mask: (batch, 1, 1, length), 0 where a key may be seen and
-    -infinity where it is padding. Returns (batch, heads, length, d).
+    -infinity where it is padding. p: dropout on the softmax. Returns (batch, heads, length, d).
     """
     on_cpu = query.device.type == "cpu"
     if on_cpu and query.shape[2] <= 128:  # for short sentences a CPU is faster without the fused kernel
         scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(-1, -2)  # (batch, heads, length, length)
         weights = (scores if mask is None else scores + mask).softmax(-1, dtype=torch.float32)
-        return F.dropout(weights, dropout).to(value.dtype) @ value
+        return dropout(weights, p).to(value.dtype) @ value
     if on_cpu:  # whose backward in bf16 is several times slower there than in fp32
         query, key, value = query.float(), key.float(), value.float()
     mask = None if mask is None else mask.to(query.dtype)
     with torch.autocast(query.device.type, enabled=False):
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout)
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=p)
 
 
 class Attention(nn.Module):
@@ -60,7 +74,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(hidden, hidden)
         self.norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
         self.attention_dropout = config.attention_probs_dropout_prob
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x, mask=None):
         """(batch, length, hidden) -> the same; mask (batch, 1, 1, length) is added to the scores: 0 where a key may
@@ -82,7 +96,7 @@ class FeedForward(nn.Module):
         self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
         self.output = nn.Linear(config.intermediate_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x):
         """(batch, length, hidden) -> the same."""
@@ -108,7 +122,7 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids):
         """(batch, length) -> (batch, length, hidden)"""
