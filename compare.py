@@ -21,66 +21,68 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent
 METHODS = ("head", "adapter", "lora", "full")
-QUICK = ["--limit", "1000"]
 PAIRS = [("head", "full"), ("adapter", "full"), ("lora", "full"), ("lora", "adapter")]
-RATES = 5  # learning rates that are tried for each technique, a factor of two apart; more where an end is best
+QUICK = ["--limit", "640"]
+RATES = 5  # learning rates tried for each technique, a factor of two apart; more where the best is at an end
 
-# The papers' claims. Each run of a study is (series, x, method, options); `pairs` are the (series, x) compared.
+# The papers' claims. runs: (series, x, method, options), one point of the plot each; x None is a line across it.
+# pairs: which of them, as (series, x), are compared.
 ATTENTION = ["query", "key", "value", "attention.output"]
 RANKS, BOTTLENECKS, LAYERS = (1, 2, 4, 8, 16, 64), (4, 8, 16, 32, 64, 128), (1, 2, 3, 4, 6)
-SCALES, SHARES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0), (0.01, 0.05, 0.2, 1.0)
+SCALES, SHARES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0), (1, 5, 20, 100)
 STUDIES = {
     "rank": {
-        "claim": "a very small rank is enough (Hu et al., table 6)", "x_label": "rank of the update", "log_x": True,
+        "claim": "a very small rank is enough (Hu et al., table 6)",
+        "x_label": "rank of the update", "log_x": True,
         "runs": [("lora", rank, "lora", ["--rank", rank, "--alpha", 2 * rank]) for rank in RANKS],
         "pairs": [(("lora", 1), ("lora", 8)), (("lora", 8), ("lora", 64))]},
     "targets": {
-        "claim": "at an equal budget, several kinds of matrices at a small rank beat one kind at a large rank "
-                 "(Hu et al., table 5)", "x_label": "the layers that get LoRA",
-        # ranks chosen so that each has 73,728 parameters, but for the last: 82,944
+        "claim": "of equal budgets, one spent on several kinds of matrices does best (Hu et al., table 5)",
+        "x_label": "the linear layers that get LoRA, and its rank",  # 73,728 parameters each, the last 82,944
         "runs": [("lora", label, "lora", ["--targets", *targets, "--rank", rank, "--alpha", 2 * rank])
                  for label, targets, rank in [
-                     ("query r=16", ["query"], 16), ("value r=16", ["value"], 16),
-                     ("query, value r=8", ["query", "value"], 8), ("attention r=4", ATTENTION, 4),
-                     ("all linear r=2", [*ATTENTION, "intermediate", "feed_forward.output"], 2)]],
-        "pairs": [(("lora", "query, value r=8"), ("lora", "query r=16")),
-                  (("lora", "attention r=4"), ("lora", "query, value r=8")),
-                  (("lora", "all linear r=2"), ("lora", "query, value r=8"))]},
+                     ("query, 16", ["query"], 16), ("value, 16", ["value"], 16),
+                     ("query and value, 8", ["query", "value"], 8), ("attention, 4", ATTENTION, 4),
+                     ("all, 2", [*ATTENTION[:3], "attention.output", "intermediate", "feed_forward.output"], 2)]],
+        "pairs": [(("lora", "query and value, 8"), ("lora", "query, 16")),
+                  (("lora", "attention, 4"), ("lora", "query and value, 8")),
+                  (("lora", "all, 2"), ("lora", "query and value, 8"))]},
     "bottleneck": {
-        "claim": "accuracy stays within 0.4 points of full fine-tuning over two orders of magnitude of adapter size "
-                 "(Houlsby et al., figures 3 and 4)", "x_label": "bottleneck of the adapters", "log_x": True,
+        "claim": "over two orders of magnitude of size, adapters stay within 0.4 points of full fine-tuning (Houlsby "
+                 "et al., figures 3 and 4)",
+        "x_label": "bottleneck of the adapters", "log_x": True,
         "runs": [("adapter", m, "adapter", ["--bottleneck", m]) for m in BOTTLENECKS] + [("full", None, "full", [])],
-        "pairs": [(("adapter", m), ("full", None)) for m in (4, 32, 128)]},
+        "pairs": [(("adapter", m), ("full", None)) for m in BOTTLENECKS]},
     "layers": {
-        "claim": "adapters in the top layers beat training the same top layers (Houlsby et al., figure 3)",
-        "x_label": "number of top layers",
-        "runs": [(method, k, method, ["--top-layers", k]) for k in LAYERS for method in ("adapter", "full")],
+        "claim": "adapters in the top blocks beat training all of these blocks (Houlsby et al., figure 3)",
+        "x_label": "number of top blocks that are trained",
+        "runs": [(method, k, method, ["--top-layers", k] if k < 6 else []) for k in LAYERS
+                 for method in ("adapter", "full")],
         "pairs": [(("adapter", k), ("full", k)) for k in LAYERS]},
     "init": {
-        "claim": "adapters fail when their first weights are large (Houlsby et al., figure 6)",
+        "claim": "adapters fail if their first weights are large (Houlsby et al., figure 6)",
         "x_label": "standard deviation of the adapters' first weights", "log_x": True,
         "runs": [("adapter", std, "adapter", ["--init-std", std]) for std in SCALES],
         "pairs": [(("adapter", std), ("adapter", 1e-2)) for std in SCALES if std != 1e-2]},
     "data": {
-        "claim": "the fewer the sentences, the fewer parameters should be trained", "log_x": True,
-        "x_label": "share of the training set (%), the number of steps kept",
-        "runs": [(method, 100 * share, method, ["--share", share]) for share in SHARES for method in METHODS],
-        "pairs": [((method, 100 * share), ("full", 100 * share)) for share in SHARES for method in METHODS[:3]]},
+        "claim": "with few sentences, training few parameters does better than training all",
+        "x_label": "share of the training set (%)", "log_x": True,
+        "runs": [(method, share, method, []) for share in SHARES for method in METHODS],  # see study()
+        "pairs": [((method, share), ("full", share)) for share in SHARES for method in METHODS[:3]]},
     "light": {
-        "claim": "training the biases alone comes close to everything (Hu et al., table 2), as does the last block",
-        "x_label": "what is trained", "x_names": True,
+        "claim": "biases alone come close to everything (Hu et al., table 2), and so does the last block",
+        "x_label": "what is trained, beside the head",
         "runs": [(name, name, method, options) for name, method, options in [
             ("head", "head", []), ("bitfit", "bitfit", []), ("last_block", "full", ["--top-layers", 1]),
             ("adapter", "adapter", []), ("lora", "lora", []), ("full", "full", [])]],
-        "pairs": [(("bitfit", "bitfit"), ("lora", "lora")), (("last_block", "last_block"), ("lora", "lora")),
-                  (("bitfit", "bitfit"), ("full", "full"))]},
+        "pairs": [((name, name), (rival, rival)) for name in ("bitfit", "last_block") for rival in ("lora", "full")]},
 }
 
 
 def parse(arguments):
     """(options of this command line, options to pass on to train.py)"""
-    parser = argparse.ArgumentParser(prog="compare.py", allow_abbrev=False, description="Compare head tuning, adapters, "
-                                     "LoRA and full fine-tuning. All options of train.py are passed on to it.")
+    parser = argparse.ArgumentParser(prog="compare.py", allow_abbrev=False, description="Compare head tuning, "
+                                     "adapters, LoRA and full fine-tuning. Options of train.py are passed on to it.")
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", default=METHODS,
                         help=f"what to compare ({' '.join(METHODS)})")
     parser.add_argument("--folds", metavar="N", type=int, choices=range(1, 11), help="how many of the ten folds to "
@@ -89,7 +91,8 @@ def parse(arguments):
     parser.add_argument("--quick", action="store_true", help="one fold, few sentences: a look at the whole")
     parser.add_argument("--tune", action="store_true", help="search each technique's learning rate on dev")
     parser.add_argument("--study", choices=[*STUDIES, "inside"], help="put one claim of the papers to the test")
-    parser.add_argument("--human", action="store_true", help="how well one rater of the default data agrees with the rest")
+    parser.add_argument("--human", action="store_true", help="how well one rater of the default data agrees with the "
+                        "others")
     parser.add_argument("--publish", action="store_true", help="rewrite the README's table from results/")
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="where everything goes (runs/comparison)")
     options, passed_on = parser.parse_known_args(arguments)
@@ -102,7 +105,7 @@ def parse(arguments):
         parser.error("--folds takes test sentences from the data, but --test names a file: use --seeds")
     if options.out is None:
         options.out = Path("runs/quick" if options.quick else "runs/comparison")
-    return options, passed_on + QUICK * options.quick
+    return options, QUICK * options.quick + passed_on  # of an option given twice, the last counts
 
 
 if __name__ == "__main__":
@@ -117,7 +120,7 @@ from minipeft.bert import load_bert
 
 # -- runs -------------------------------------------------------------------------------------------------
 
-def options_for(method, options):
+def own_options(method, options):
     """Those of train.py's options that this method has: `--rank 4` is passed on to LoRA only."""
     special = {name for defaults in train.DEFAULTS.values() for name in defaults}
     kept, keep = [], True
@@ -129,16 +132,23 @@ def options_for(method, options):
     return kept
 
 
-def make_run(name, method, options, repeat, passed_on, out, seed=None):
-    """A run as a dict: its name, its command line for train.py, its settings, and the file it will leave."""
-    own_test = "--test" in passed_on
+def make_run(label, method, options, repeat, passed_on, out, seed=None):
+    """A run as a dict: its label in tables, its command line for train.py, its settings, its folder and record.
+
+    The folder and the record are named after those of `options` that differ from the defaults, so that a run which
+    several studies ask for is run once.
+    """
+    common = [method, *own_options(method, passed_on)]
+    default, given = vars(train.parse(common)), vars(train.parse([*common, *own_options(method, options)]))
+    differ = [f"{key}-{value}" for key, value in given.items() if value != default.get(key) and key != "out"]
+    own_test, seed = given["test"] is not None, repeat if seed is None else seed
     place = f"seed{repeat}" if own_test else f"fold{repeat}"
-    line = [method, *options_for(method, [*passed_on, *options]), "--seed", str(repeat if seed is None else seed)]
-    line += [] if own_test else ["--fold", str(repeat)]
-    folder = out / "folders" / f"{name}-{place}"
-    settings = vars(train.parse([*line, "--out", str(folder)]))
-    return {"name": name, "method": method, "line": line, "folder": folder, "settings": settings,
-            "record": out / f"{name}-{place}.json"}
+    name = "-".join([method, *differ, place] + [f"seed{seed}"] * (seed != repeat))
+    name = "".join(letter for letter in name if letter not in "[]',").replace(" ", "-").replace("_", "-")
+    line = [*common, *own_options(method, options), "--seed", str(seed), *(() if own_test else ("--fold", str(repeat)))]
+    folder = out / "folders" / name
+    return {"label": label, "method": method, "line": line, "folder": folder, "record": out / "runs" / f"{name}.json",
+            "settings": vars(train.parse([*line, "--out", str(folder)]))}
 
 
 def is_this(run, settings, hashes):
@@ -193,10 +203,11 @@ def do_run(run, hashes):
     elif process.returncode == 2 and begun.is_file():
         record |= {"settings": checkpoint.read_json(begun), "failed": (error or "it stopped; see above").strip()}
     else:
-        raise ValueError(f"a run could not be made: {(error or 'see above').strip() or f'it ended with {process.returncode}'}")
+        raise ValueError((error or "").strip() or f"this run ended with exit code {process.returncode}")
     record["wall_seconds"] = time.perf_counter() - started
-    with download.whole(run["record"]) as aside:  # one line a list: small, and still to be read
-        aside.write_text(json.dumps(record, ensure_ascii=False).replace(', "', ',\n"') + "\n", encoding="utf-8")
+    with download.whole(run["record"]) as aside:  # one line a key: small, and still to be read
+        lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in record.items())
+        aside.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
     return record
 
 
@@ -229,7 +240,8 @@ def right(record):
 
 
 COLUMNS = {  # name: (heading, how it is written, factor)
-    "technique_parameters": ("technique parameters", "{:,.0f}", 1), "head_parameters": ("head parameters", "{:,.0f}", 1),
+    "technique_parameters": ("technique parameters", "{:,.0f}", 1),
+    "head_parameters": ("head parameters", "{:,.0f}", 1),
     "trainable_percent": ("trained (%)", "{:.2f}", 1), "saved_bytes": ("saved (MB)", "{:.2f}", 1e-6),
     "train_accuracy": ("train accuracy (%)", "{:.1f}", 100), "train_loss": ("train loss", "{:.3f}", 1),
     "dev_accuracy": ("dev accuracy (%)", "{:.1f}", 100),
@@ -246,7 +258,7 @@ def summarise(done):
     """One row a method: {"method", "runs", "failed", column: [mean, standard deviation or None], ...}."""
     rows = {}
     for run, record in done:
-        row = rows.setdefault(run["name"], {"method": run["name"], "runs": 0, "failed": 0, "values": []})
+        row = rows.setdefault(run["label"], {"method": run["label"], "runs": 0, "failed": 0, "values": []})
         row["failed" if "failed" in record else "runs"] += 1
         if "failed" not in record:
             best = max(record["history"], key=lambda epoch: epoch["dev_accuracy"])
@@ -278,12 +290,20 @@ def markdown(rows, columns):
     return lines
 
 
+def name_of(label):
+    """A method, or the (series, x) of a study, as it stands in tables."""
+    if isinstance(label, str):
+        return plots.look(label)[0]
+    series, x = label
+    return plots.look(series)[0] + ("" if x in (None, series) else f" ({x if isinstance(x, str) else f'{x:g}'})")
+
+
 def differences(done, pairs, same_sentences):
     """Paired comparisons of test accuracy, in points: a list of dicts with name, difference, low, high, p (of Holm)."""
     by_name, found = {}, []
     for run, record in done:
         if "failed" not in record:
-            by_name.setdefault(run["name"], {})[record["settings"]["seed"]] = right(record)
+            by_name.setdefault(run["label"], {})[record["settings"]["seed"]] = right(record)
     for a, b in pairs:
         repeats = sorted(by_name.get(a, {}).keys() & by_name.get(b, {}).keys())
         if not repeats:
@@ -296,46 +316,53 @@ def differences(done, pairs, same_sentences):
         if same_sentences:
             p = statistics.permutation_test(np.mean(gaps, axis=0))
         share = float(np.mean(np.abs(np.concatenate(gaps))))
-        found.append({"a": a, "b": b, "name": f"{plots.look(a)[0]} - {plots.look(b)[0]}", "difference": 100 * mean,
+        found.append({"name": f"{name_of(a)} - {name_of(b)}", "difference": 100 * mean,
                       "low": 100 * low, "high": 100 * high, "p": p, "only_a": only_a, "only_b": only_b,
-                      "sentences": sentences, "smallest": 100 * statistics.smallest_detectable(share, sentences)})
+                      "sentences": sentences,
+                      "smallest": 100 * statistics.smallest_detectable(share, sentences)})
     for row, p in zip(found, statistics.holm([row["p"] for row in found]) if found else []):
         row["p"] = float(p)
     return found
 
 
 def sentence(row):
-    """A paired comparison in words. Where the interval includes zero, no method is called better."""
+    """A paired comparison in words. Neither is called better unless both the interval and the test say so."""
     a, b = row["name"].split(" - ")
-    facts = (f"{row['difference']:+.1f} points, 95 % interval {row['low']:+.1f} to {row['high']:+.1f}, p = {row['p']:.2g}, "
-             f"{row['sentences']:,} sentences")
-    if row["low"] <= 0 <= row["high"]:
-        return (f"{a} and {b} are not distinguished ({facts}; a difference below {row['smallest']:.1f} points would most "
-                "likely have been missed)")
+    facts = (f"{row['difference']:+.1f} points, 95 % interval {row['low']:+.1f} to {row['high']:+.1f}, "
+             f"p = {row['p']:.2g}, {row['sentences']:,} sentences")
+    if row["low"] <= 0 <= row["high"] or row["p"] > 0.05:
+        return (f"{a} and {b} are not distinguished ({facts}; a true difference of {row['smallest']:.1f} points would "
+                "have been found four times in five)")
     return f"{a} is {'better' if row['low'] > 0 else 'worse'} than {b} ({facts})"
+
+
+def references(content):
+    """What test accuracy is to be held against, as a line."""
+    human = content["one_human_rater"]
+    return (f"always the most frequent class {content['majority_class']:.1%}"
+            + (f"; one human rater, against the others {human:.1%}" if human else ""))
 
 
 # -- the comparison ---------------------------------------------------------------------------------------
 
 def context(passed_on):
     """What all runs have in common: the hashes of weights and data, and the corpus."""
-    settings = train.parse(["head", *options_for("head", passed_on)])
+    settings = train.parse(["head", *own_options("head", passed_on)])
     weights = download.find_weights(settings.weights)
     files = [settings.test] * bool(settings.test) + [settings.data or download.fetch_data()]
     corpus = data.read_corpus(files, data.load_tokenizer(weights, settings.max_length), settings.text_column,
                               settings.label_column)
-    return {"weights_sha256": download.hash_weights(weights), "data_sha256": [download.sha256(f) for f in files]}, corpus
+    hashes = {"weights_sha256": download.hash_weights(weights), "data_sha256": [download.sha256(f) for f in files]}
+    return hashes, corpus
 
 
-def certainty(done, default_data):
-    """Accuracy in bins of |mean rating|, as plots.by_certainty takes it, or None for data without ratings."""
-    if not default_data:
-        return None
+def certainty(done):
+    """Accuracy in bins of |mean rating|, as plots.by_certainty takes it. Only the default data has ratings."""
     with open(download.DATA, encoding="utf-8") as file:
         ratings = {number: abs(float(line.split("\t")[1])) for number, line in enumerate(file, 1) if number > 1}
     edges, bins, scores = [0, 0.5, 1, 1.5, 2, 2.5, 4], [], {}
-    for name in dict.fromkeys(run["name"] for run, _ in done if run["name"] != "untrained"):
-        records = [record for run, record in done if run["name"] == name and "failed" not in record]
+    for name in dict.fromkeys(run["label"] for run, _ in done if run["label"] != "untrained"):
+        records = [record for run, record in done if run["label"] == name and "failed" not in record]
         sure = np.array([ratings[line] for record in records for line in record["predictions"]["lines"]])
         correct = np.concatenate([right(record) for record in records]) if records else np.zeros(0)
         inside = [(sure > low) & (sure <= high) for low, high in zip(edges, edges[1:])]
@@ -346,7 +373,7 @@ def certainty(done, default_data):
 
 
 def write_comparison(done, out, same_sentences, majority, default_data):
-    """Table (Markdown, CSV, JSON) and plots of all runs that are done. Returns the content of comparison.json."""
+    """Table (Markdown, CSV, JSON) and plots of all runs that are done."""
     rows, pairs = summarise(done), differences(done, PAIRS, same_sentences)
     human = out / "human.json"
     human = checkpoint.read_json(human)["agreement"] if default_data and human.is_file() else None
@@ -355,33 +382,33 @@ def write_comparison(done, out, same_sentences, majority, default_data):
                    {"failed": record["failed"]} if "failed" in record else {"metrics": record["metrics"]})
                    for run, record in done]}
     checkpoint.write_json(out / "comparison.json", content)
-    references = [f"majority class: {majority:.1%}"] + ([f"one human rater: {human:.1%}"] if human else [])
-    lines = [*markdown(rows, QUALITY), "", "; ".join(references), "", *markdown(rows, COST), "",
+    lines = [*markdown(rows, QUALITY), "", references(content), "", *markdown(rows, COST), "",
              *(f"- {sentence(row)}" for row in pairs)]
     with download.whole(out / "table.md") as aside:
         aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    checkpoint.write_csv(out / "table.csv", ["method", "runs", "failed", *(f"{column}{end}" for column in COLUMNS for end in ("", "_std"))],
-                         ([row["method"], row["runs"], row["failed"], *(v for c in COLUMNS for v in row[c])] for row in rows))
+    checkpoint.write_csv(out / "table.csv", ["method", "runs", "failed", *(
+        column + end for column in COLUMNS for end in ("", "_std"))], (
+        [row["method"], row["runs"], row["failed"], *(value for column in COLUMNS for value in row[column])]
+        for row in rows))
 
     trained = [row for row in rows if row["method"] != "untrained" and row["runs"]]
-    points = [{"method": row["method"], "mean": 100 * row["test_accuracy"][0], "std": row["test_accuracy"][1] and
-               100 * row["test_accuracy"][1], "parameters": row["technique_parameters"][0] + row["head_parameters"][0]}
-              for row in trained]
-    lines_across = [("majority class", 100 * majority)] + [("one human rater", 100 * human)] * bool(human)
-    figures = {"tradeoff": (plots.tradeoff, points, lines_across),
-               "curves": (plots.learning_curves, {row["method"]: [record["history"] for run, record in done if run["name"] ==
-                                                  row["method"] and "failed" not in record] for row in trained}),
-               "costs": (plots.costs, [{"method": row["method"], **{key + end: row[key][i] for key in
-                                        ("train_seconds", "peak_memory_mb") for i, end in enumerate(("", "_std"))}}
-                                       for row in trained])}
-    if pairs:
-        figures["differences"] = (plots.differences, pairs)
-    if sure := certainty(done, default_data):
-        figures["certainty"] = (plots.by_certainty, *sure)
-    for name, (draw, *numbers) in figures.items() if trained else ():
+    points, costs, histories = [], [], {}
+    for row in trained:
+        (mean, std), parameters = row["test_accuracy"], row["technique_parameters"][0] + row["head_parameters"][0]
+        points.append({"method": row["method"], "parameters": parameters, "mean": 100 * mean, "std": std and 100 * std})
+        costs.append({"method": row["method"], **{key + end: row[key][i] for key in ("train_seconds", "peak_memory_mb")
+                                                  for i, end in enumerate(("", "_std"))}})
+        histories[row["method"]] = [record["history"] for run, record in done
+                                    if run["label"] == row["method"] and "failed" not in record]
+    across = [("majority class", 100 * majority)] + [("one human rater", 100 * human)] * bool(human)
+    figures = [("tradeoff", plots.tradeoff, points, across), ("curves", plots.learning_curves, histories),
+               ("costs", plots.costs, costs)] * bool(trained)
+    figures += [("differences", plots.differences, pairs)] * bool(pairs)
+    if default_data and trained:
+        figures.append(("certainty", plots.by_certainty, *certainty(done)))
+    for name, draw, *numbers in figures:
         with download.whole(out / f"{name}.png") as aside:
             draw(*numbers, aside)
-    return content
 
 
 def compare(options, passed_on):
@@ -389,7 +416,8 @@ def compare(options, passed_on):
     hashes, corpus = context(passed_on)
     own_test, default_data = "--test" in passed_on, "--data" not in passed_on
     repeats = range(options.seeds or 3) if own_test else range(options.folds or (1 if options.quick else 3))
-    plan = [("untrained", "head", ["--epochs", 0])] + [(method, method, []) for method in METHODS if method in options.methods]
+    print(f"{len(corpus):,} sentences, labelled {', '.join(corpus.classes)[:200]}", *corpus.notes, sep="\n")
+    plan = [("untrained", "head", ["--epochs", 0]), *((name, name, []) for name in METHODS if name in options.methods)]
     runs = [make_run(name, method, extra, repeat, passed_on, options.out) for repeat in repeats
             for name, method, extra in plan]
 
@@ -400,8 +428,8 @@ def compare(options, passed_on):
     records = do_all(runs, hashes, show)
     majority = np.bincount(corpus.labels).max() / len(corpus)
     write_comparison(list(zip(runs, records)), options.out, own_test, majority, default_data)
-    print("", (options.out / "table.md").read_text(encoding="utf-8"), f"written to {options.out}/: table.md, table.csv, "
-          "comparison.json, and plots (.png)", sep="\n")
+    print("", (options.out / "table.md").read_text(encoding="utf-8"),
+          f"written to {options.out}/: table.md, table.csv, comparison.json, and plots (.png)", sep="\n")
 
 
 # -- tuning -----------------------------------------------------------------------------------------------
@@ -412,27 +440,30 @@ def tune(options, passed_on):
     found = {}
     for method in options.methods:
         middle, tried = train.DEFAULTS[method]["lr"], {}
-        wanted = [middle * 2.0 ** (i - RATES // 2) for i in range(RATES)]
-        while wanted:
-            runs = [make_run(f"tune-{method}-{rate:.3g}", method, ["--lr", f"{rate:.3g}"], repeat, passed_on, options.out)
-                    for rate in wanted for repeat in range(options.folds or 1)]
-            records = do_all(runs, hashes)
-            for rate in wanted:
-                history = [record["history"][-1] for run, record in zip(runs, records)
-                           if run["name"] == f"tune-{method}-{rate:.3g}" and "failed" not in record]
-                tried[rate] = {"dev_accuracy": [row["dev_accuracy"] for row in history],
-                               "dev_loss": [row["dev_loss"] for row in history]}
-            score = {rate: (np.mean(t["dev_accuracy"]), -np.mean(t["dev_loss"])) for rate, t in tried.items()
-                     if t["dev_accuracy"]}
-            best = max(score, key=score.get)
-            wanted = [best / 2] * (best == min(tried)) + [best * 2] * (best == max(tried))
-        found[method] = {"chosen": float(f"{best:.3g}"), "tried": [{"lr": float(f"{rate:.3g}"), **tried[rate]}
-                                                                     for rate in sorted(tried)]}
+        rates = [float(f"{middle * 2.0 ** (i - RATES // 2):.3g}") for i in range(RATES)]
+        while rates:
+            runs = [make_run(rate, method, ["--lr", rate], repeat, passed_on, options.out)
+                    for rate in rates for repeat in range(options.folds or 1)]
+            for run, record in zip(runs, do_all(runs, hashes)):
+                tried.setdefault(run["label"], [])
+                if "failed" not in record:
+                    tried[run["label"]].append(record["history"][-1])
+            best = max((rate for rate in tried if tried[rate]), key=lambda rate: (
+                np.mean([last["dev_accuracy"] for last in tried[rate]]),
+                -np.mean([last["dev_loss"] for last in tried[rate]])))  # of equal accuracies, the lower loss
+            rates = [best / 2] * (best == min(tried)) + [best * 2] * (best == max(tried))
+        found[method] = {"chosen": best, "tried": [
+            {"lr": rate, **{key: [last[key] for last in tried[rate]] for key in ("dev_accuracy", "dev_loss")}}
+            for rate in sorted(tried)]}
         checkpoint.write_json(options.out / "tuning.json", found)
-        print(f"{method}: the best learning rate on dev is {best:.3g}")
-    series = {method: [(t["lr"], 100 * np.mean(t["dev_accuracy"]), 100 * np.std(t["dev_accuracy"], ddof=1)
-                        if len(t["dev_accuracy"]) > 1 else None) for t in result["tried"] if t["dev_accuracy"]]
-              for method, result in found.items()}
+        print(f"{method}: the best learning rate on dev is {best:g}")
+    series = {}
+    for method, result in found.items():
+        series[method] = []
+        for row in result["tried"]:
+            if row["dev_accuracy"]:
+                mean, std = statistics.mean_std(row["dev_accuracy"])
+                series[method].append((row["lr"], 100 * mean, None if math.isnan(std) else 100 * std))
     with download.whole(options.out / "tuning.png") as aside:
         plots.sensitivity(series, aside)
     print(f"written to {options.out}/: tuning.json, tuning.png")
@@ -440,45 +471,30 @@ def tune(options, passed_on):
 
 # -- studies ----------------------------------------------------------------------------------------------
 
-def key(series, x):
-    return f"{series}" if x is None or x == series else f"{series} {x:g}" if isinstance(x, (int, float)) else str(x)
-
-
 def study(options, passed_on):
-    """Run one study of the papers' claims: a plot, a table, and what became of the claim."""
-    plan = STUDIES[options.study]
-    hashes, corpus = context(passed_on)
-    full_size = len(data.split(corpus, 0)[0])
-    runs, places = [], []
+    """Run one study of the papers' claims: a table, a plot, and what became of the claim."""
+    plan, (hashes, corpus) = STUDIES[options.study], context(passed_on)
+    runs = []
     for series, x, method, extra in plan["runs"]:
-        if extra[:1] == ["--share"]:  # of the training set; as many steps as the whole takes, up to 20 epochs
-            sentences = round(extra[1] * full_size)
-            extra = [] if extra[1] == 1 else ["--limit", sentences, "--epochs", min(20, round(3 / extra[1]))]
-        for repeat in range(options.folds or 1):
-            label = key(series, x).replace(" ", "-").replace(",", "")
-            runs.append(make_run(f"{options.study}-{label}", method, extra, repeat, passed_on, options.out))
-            places.append((series, x))
-    records = do_all(runs, hashes)
-    done = list(zip(runs, records))
-    names = {place: run["name"] for place, run in zip(places, runs)}
-    rows = summarise(done)
-    by_name = {row["method"]: row for row in rows}
-    pairs = differences(done, [(names[a], names[b]) for a, b in plan["pairs"]], False)
-    for row, (a, b) in zip(pairs, plan["pairs"]):
-        row["name"] = f"{plots.look(key(*a))[0]} - {plots.look(key(*b))[0]}"
-    content = {"claim": plan["claim"], "rows": rows, "differences": pairs, "verdict": [sentence(row) for row in pairs]}
-    series, reference = {}, {}
-    for (name, x), run_name in names.items():
-        mean, std = by_name[run_name]["test_accuracy"]
-        if mean is None:
-            continue
-        if x is None:
-            reference[plots.look(name)[0]] = 100 * mean
-        else:
-            series.setdefault(name, []).append((plots.look(x)[0] if isinstance(x, str) else x, 100 * mean, std and 100 * std))
+        if options.study == "data" and x < 100:  # in per cent; as many steps as for all, but at most 20 epochs
+            extra = ["--limit", len(data.split(corpus)[0]) * x // 100, "--epochs", min(20, 300 // x)]
+        runs += [make_run((series, x), method, extra, repeat, passed_on, options.out)
+                 for repeat in range(options.folds or 1)]
+    done = list(zip(runs, do_all(runs, hashes)))
+    pairs = differences(done, plan["pairs"], same_sentences="--test" in passed_on)
+    rows, points, across = summarise(done), {}, {}
+    for row in rows:
+        (series, x), (mean, std) = row["method"], row["test_accuracy"]
+        row["method"] = name_of((series, x))
+        if mean is not None and x is None:
+            across[plots.look(series)[0]] = 100 * mean
+        elif mean is not None:
+            x = plots.look(x)[0] if isinstance(x, str) else x
+            points.setdefault(series, []).append((x, 100 * mean, std and 100 * std))
     print("", *markdown(rows, QUALITY), sep="\n")
-    write_study(options.study, content, options.out, lambda aside: plots.study(
-        plan["x_label"], series, aside, "", plan.get("log_x", False), reference, "test"))
+    content = {"claim": plan["claim"], "rows": rows, "differences": pairs, "verdict": [sentence(row) for row in pairs]}
+    write_study(options.study, content, options.out, lambda path: plots.study(
+        plan["x_label"], points, path, "", plan.get("log_x", False), across, "test"))
 
 
 def inside(options, passed_on):
@@ -506,12 +522,12 @@ def inside(options, passed_on):
                      "ratio": float(updates[0].norm() / weight.norm()), "width": one.shape[1],
                      "agreement": [float(np.square(one[:i] @ two[:i].T).sum() / i) for i in range(1, rank + 1)]})
     rows.sort(key=lambda row: row["layer"])
-    mean = {"ratio": np.mean([row["ratio"] for row in rows]), "first": np.mean([row["agreement"][0] for row in rows]),
-            "all": np.mean([row["agreement"][-1] for row in rows]), "chance": np.mean([rank / row["width"] for row in rows])}
-    content = {"claim": "an update is small beside its matrix, and two seeds agree on its leading direction only "
-                        "(Hu et al., section 7)", "rows": rows, "verdict": [
-        f"an update is {mean['ratio']:.1%} of its matrix in the mean; two seeds agree to {mean['first']:.2f} in the "
-        f"first direction and to {mean['all']:.2f} in all {rank}, where chance alone gives {mean['chance']:.3f}"]}
+    ratio, first, every, chance = np.mean([(row["ratio"], row["agreement"][0], row["agreement"][-1],
+                                            rank / row["width"]) for row in rows], axis=0)
+    verdict = (f"an update is {ratio:.1%} of its matrix in the mean; two seeds agree to {first:.2f} in the first "
+               f"direction and to {every:.2f} in all {rank}, where chance alone gives {chance:.3f}")
+    content = {"claim": "two seeds agree on the leading directions of an update, and on few others (Hu et al., section "
+                        "7)", "rows": rows, "verdict": [verdict]}
     write_study("inside", content, options.out, plots.spectra, rows)
 
 
@@ -540,18 +556,15 @@ def human(options):
 def published(results):
     """What stands between the README's markers, made from the files in `results`."""
     content = checkpoint.read_json(results / "comparison.json")
-    rows = content["rows"]
-    counts = sorted({row["runs"] for row in rows})
-    lines = [f"Mean ± standard deviation over {' or '.join(map(str, counts))} folds "
-             f"(`python compare.py --folds {max(counts)} --out results`).", "", *markdown(rows, QUALITY), "",
-             f"For scale: always the more frequent class, {content['majority_class']:.1%}"
-             + (f"; one human rater against the others, {content['one_human_rater']:.1%}" if content["one_human_rater"] else "")
-             + ".", "", *markdown(rows, COST), "", *(f"- {sentence(row)}." for row in content["differences"])]
-    for name in STUDIES:
-        path = results / f"study-{name}.json"
-        if path.is_file():
-            found = checkpoint.read_json(path)
-            lines += ["", f"**{name}** (`python compare.py --study {name} --out results`). Claim: {found['claim']}.", "",
+    folds = max(row["runs"] for row in content["rows"])
+    lines = [f"`python compare.py --folds {folds} --out results`"
+             + (", mean ± standard deviation over the folds:" if folds > 1 else ":"), "",
+             *markdown(content["rows"], QUALITY), "", f"For scale: {references(content)}.", "",
+             *markdown(content["rows"], COST), "", *(f"- {sentence(row)}." for row in content["differences"])]
+    for name in (*STUDIES, "inside"):
+        if (results / f"study-{name}.json").is_file():
+            found = checkpoint.read_json(results / f"study-{name}.json")
+            lines += ["", f"`python compare.py --study {name} --out results`. The claim: {found['claim']}.", "",
                       *(f"- {line}." for line in found["verdict"])]
     return "\n".join(lines)
 

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 
+import compare
 import train
 from minipeft import adapter, checkpoint, data, download, lora, statistics
 from minipeft.adapter import Adapter, add_adapters, remove_adapters
@@ -1297,6 +1298,134 @@ def test_mean_std_by_hand():
 def test_unusable_input_to_the_statistics_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# -- compare.py -------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def three_kinds(tmp_path_factory):
+    """A CSV file of 300 sentences with three labels."""
+    generator = np.random.default_rng(2)
+    path = tmp_path_factory.mktemp("three") / "three.csv"
+    rows = [(sentence(generator, "bad" if label == "bad" else "good") + " not not" * (label == "odd"), label)
+            for label in ["good", "bad", "odd"] * 100]
+    path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    return path
+
+
+def compared(out, tiny, file, *options):
+    """What compare.py leaves after a short comparison on the tiny model: comparison.json, without times and memory."""
+    short = ["--precision", "fp32", "--max-length", "40", "--lr", "1e-2", "--batch-size", "16", "--device", "cpu"]
+    line = ["--weights", str(tiny), "--data", str(file), "--out", str(out), *short, *map(str, options)]
+    assert compare.main(*compare.parse(line)) == 0
+    content = json.loads((out / "comparison.json").read_text())
+    for part in (*content["rows"], *(run["metrics"] for run in content["runs"])):
+        for key in ("train_seconds", "step_milliseconds", "best_seconds", "peak_memory_mb", "sentences_per_second"):
+            part.pop(key, None)
+    return content
+
+
+def test_a_whole_quick_comparison_of_three_classes(tiny, three_kinds, tmp_path, capfd, monkeypatch):
+    once = compared(tmp_path, tiny, three_kinds, "--quick", "--epochs", 2)
+    rows = {row["method"]: row for row in once["rows"]}
+    assert list(rows) == ["untrained", "head", "adapter", "lora", "full"] and all(row["runs"] == 1 for row in rows.values())
+    assert rows["lora"]["test_accuracy"][0] > 0.7 > rows["untrained"]["test_accuracy"][0]
+    assert [row["name"] for row in once["differences"]] == [
+        "head tuning - full fine-tuning", "adapters - full fine-tuning", "LoRA - full fine-tuning", "LoRA - adapters"]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "runs", "folders", "table.md", "table.csv", "comparison.json", "tradeoff.png", "curves.png", "costs.png",
+        "differences.png"}
+    table = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert [float(row["test_accuracy"]) for row in table] == [row["test_accuracy"][0] for row in once["rows"]]
+    said = capfd.readouterr().out
+    assert "run 5 of 5" in said and "min left" in said and "$ python train.py lora" in said
+
+    # what is there is not run again; what was deleted is, and comes out the same
+    lost = tmp_path / "runs" / "lora-fold0.json"
+    lost.unlink()
+    assert compared(tmp_path, tiny, three_kinds, "--quick", "--epochs", 2) == once
+    said = capfd.readouterr().out
+    assert "5 runs, 4 of them there already" in said and said.count("$ python train.py") == 1 and lost.exists()
+    # and with another setting, none of it is the same run
+    monkeypatch.setattr(compare, "do_run", lambda *_: pytest.fail("as it should"))
+    with pytest.raises(pytest.fail.Exception):
+        compared(tmp_path, tiny, three_kinds, "--quick", "--epochs", 3)
+
+
+def test_a_comparison_killed_in_the_middle_goes_on(tiny, reviews, tmp_path):
+    options = ["--methods", "lora", "--folds", 2, "--epochs", 2]
+    whole = compared(tmp_path / "whole", tiny, reviews, *options)
+    code = f"import test_minipeft as t; t.compared(t.Path({str(tmp_path / 'killed')!r}), t.Path({str(tiny)!r}), " \
+           f"t.Path({str(reviews)!r}), *{options!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "folders" / "lora-fold0" / "state.safetensors").exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "comparison.json").exists()
+    again = compared(tmp_path / "killed", tiny, reviews, *options)
+    for run in (*again["runs"], *whole["runs"]):
+        run["command"] = run["command"].replace(str(tmp_path / "killed"), str(tmp_path / "whole"))
+    assert again == whole
+    means = [run["metrics"]["test_accuracy"] for run in whole["runs"] if run["name"].startswith("lora")]
+    assert whole["rows"][1]["test_accuracy"] == pytest.approx([np.mean(means), np.std(means, ddof=1)])
+
+
+def test_a_run_that_fails_is_counted_and_a_mistake_stops_the_comparison(tiny, reviews, tmp_path, capfd):
+    content = compared(tmp_path / "failed", tiny, reviews, "--methods", "lora", "--folds", 1, "--clip", 1e30, "--lr", 1e30)
+    assert [(row["runs"], row["failed"]) for row in content["rows"]] == [(1, 0), (0, 1)]
+    assert "--lr" in content["runs"][1]["failed"]
+    assert "failed runs" in (tmp_path / "failed" / "table.md").read_text()
+    line = ["--weights", str(tiny), "--data", str(reviews), "--out", str(tmp_path / "no"), "--targets", "queri"]
+    assert compare.main(*compare.parse([*line, "--methods", "lora", "--max-length", "40"])) == 2
+    assert "'queri' matches nothing" in capfd.readouterr().err
+
+
+def test_every_run_of_every_study_can_be_made_and_is_shared_where_it_is_the_same(tmp_path):
+    records = {name: [compare.make_run((series, x), method, options, 0, [], tmp_path)["record"].stem
+                      for series, x, method, options in plan["runs"]]
+               for name, plan in compare.STUDIES.items() if name != "data"}
+    assert records["rank"][3] == records["light"][4] == "lora-fold0" and records["bottleneck"][3] == "adapter-fold0"
+    assert records["rank"][0] == "lora-rank-1-alpha-2.0-fold0"
+    for name, plan in compare.STUDIES.items():
+        points = {(series, x) for series, x, *_ in plan["runs"]}
+        assert len(points) == len(plan["runs"]) and {point for pair in plan["pairs"] for point in pair} <= points
+        if name != "data":
+            assert len(set(records[name])) == len(records[name])
+
+
+def test_the_targets_study_spends_equal_budgets(real):
+    sizes = []
+    for *_, options in compare.STUDIES["targets"]["runs"]:
+        encoder = load_bert(real)
+        split = options.index("--rank")
+        add_lora(encoder, options[1:split], rank=options[split + 1])
+        sizes.append(count(encoder))
+    assert sizes == [73_728] * 4 + [82_944]
+
+
+def test_words_follow_the_interval_and_the_test():
+    row = dict(name="LoRA - adapters", difference=1.0, low=0.1, high=1.9, p=0.01, sentences=900, smallest=1.2)
+    assert compare.sentence(row).startswith("LoRA is better than adapters (+1.0 points")
+    assert compare.sentence(row | {"difference": -1.0, "low": -1.9, "high": -0.1}).startswith("LoRA is worse than")
+    for other in ({"low": -0.1}, {"p": 0.06}):
+        assert compare.sentence(row | other).startswith("LoRA and adapters are not distinguished")
+
+
+def test_options_are_passed_on_to_those_who_have_them():
+    line = ["--rank", "4", "--targets", "query", "value", "--epochs", "1", "--rslora", "--lr", "1e-3"]
+    assert compare.own_options("lora", line) == line
+    assert compare.own_options("head", line) == ["--epochs", "1", "--lr", "1e-3"]
+
+
+@pytest.mark.parametrize("options, part", [
+    (["--fold", "1"], "--fold is chosen by compare.py"), (["--seeds", "2"], "--test FILE"), (["--folds", "11"], "--folds"),
+    (["--data", "a.csv", "--test", "b.csv", "--folds", "2"], "use --seeds"), (["--methods", "prompt"], "prompt")])
+def test_a_wrong_option_of_compare_is_refused(capsys, options, part):
+    with pytest.raises(SystemExit) as stop:
+        compare.parse(options)
+    assert stop.value.code == 2 and part in capsys.readouterr().err
 
 
 # -- the repository ---------------------------------------------------------------------------------------

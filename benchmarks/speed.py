@@ -234,7 +234,7 @@ def peer(settings, best):
 
 
 def infer(settings, side):
-    """Classify dev and test in batches of 64, with LoRA merged: sentences a second, without reading them."""
+    """Classify dev and test in batches of 32, with LoRA merged: sentences a second, without reading them."""
     import numpy as np
     import torch
     from minipeft import bert, checkpoint, data, lora
@@ -259,10 +259,10 @@ def infer(settings, side):
         sentences, collate = examples(corpus, rows, settings)
 
         def run(number):
-            for batch in torch.utils.data.DataLoader(sentences[:number], 64, collate_fn=collate):
+            for batch in torch.utils.data.DataLoader(sentences[:number], 32, collate_fn=collate):
                 with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=best):
                     model(batch["input_ids"], batch["attention_mask"])
-    run(64)  # the first call prepares kernels
+    run(32)  # the first call prepares kernels
     began = time.perf_counter()
     run(len(rows))
     return {"sentences_per_second": len(rows) / (time.perf_counter() - began), "peak_memory_mb": peak_memory()}
@@ -476,7 +476,8 @@ def summarise(results):
     results.save()
 
 
-def show(summary):
+def tables(summary):
+    """Both tables as they stand in the README: lines of Markdown."""
     def amount(value):
         return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
@@ -484,13 +485,15 @@ def show(summary):
         target, met = times["target"], "met" if times["met"] else "missed"
         return f"{times['measured']:.2f}" + f" (target {target}: {met})" * bool(target)
 
-    print("\n| | usual | best | minipeft | times better than usual | than best |\n|---|---|---|---|---|---|")
+    lines = ["| | usual | best | minipeft | times better than usual | than best |", "|---|---|---|---|---|---|"]
     for row in summary["table"]:
         cells = row["what"], *(amount(row[side]) for side in SIDES), *(verdict(row[f"times_{s}"]) for s in SIDES[:2])
-        print("|", " | ".join(cells), "|")
-    print("\n| | measured | target | |\n|---|---|---|---|")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| | measured | target | |", "|---|---|---|---|"]
     for aim in summary["aims"]:
-        print(f"| {aim['what']} | {amount(aim['measured'])} | {aim['target']} | {'met' if aim['met'] else 'missed'} |")
+        met = "met" if aim["met"] else "missed"
+        lines.append(f"| {aim['what']} | {amount(aim['measured'])} | {aim['target']} | {met} |")
+    return lines
 
 
 def draw(results, folder):
@@ -517,11 +520,11 @@ def draw(results, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="the parts to measure (all)")
-    parser.add_argument("--sentences", metavar="N", type=int, default=2880, help="training sentences of an epoch; "
+    parser.add_argument("--sentences", metavar="N", type=int, default=1440, help="training sentences of an epoch; "
                         "seconds are also scaled to the whole training set by its tokens (%(default)s)")
-    parser.add_argument("--pairs", metavar="N", type=int, default=2, help="rounds of training, each with a seed of "
+    parser.add_argument("--pairs", metavar="N", type=int, default=3, help="rounds of training, each with a seed of "
                         "its own (%(default)s)")
-    parser.add_argument("--rounds", metavar="N", type=int, default=3, help="rounds of inference and of the ablation "
+    parser.add_argument("--rounds", metavar="N", type=int, default=2, help="rounds of inference and of the ablation "
                         "(%(default)s)")
     parser.add_argument("--out", metavar="FOLDER", type=Path, default=ROOT / "results",
                         help="where speed.json and the figures go (results)")
@@ -545,7 +548,7 @@ def main():
         results.content["about"] = needs["about"]
         measure_all(results, needs, options.only, options.pairs, options.rounds, options.quick, folder)
     summarise(results)
-    show(results.content["summary"])
+    print("", *tables(results.content["summary"]), sep="\n")
     draw(results, options.out / "speed")
 
 

@@ -276,7 +276,7 @@ def pad(sentences, device="cpu"):
 
 
 def predict(forward, sentences, device="cpu", bf16=False, progress=lambda batches: batches,
-            batch_size=64):
+            batch_size=32):
     """What `forward(input_ids, attention_mask)` gives for each sentence: a float32 array (n, width), in their order.
 
     Runs in order of length and without autograd. The caller puts the model into eval mode. `progress` may
