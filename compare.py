@@ -199,7 +199,7 @@ def do_run(run, hashes):
         with open(folder / "predictions.csv", encoding="utf-8") as file:
             rows = list(csv.reader(file))
         record["predictions"] = {"lines": [int(row[0]) for row in rows[1:]], "labels": [row[1] for row in rows[1:]],
-                                 "chances": [[round(float(value), 4) for value in row[2:]] for row in rows[1:]]}
+                                 "chances": [[float(value) for value in row[2:]] for row in rows[1:]]}
     elif process.returncode == 2 and begun.is_file():
         record |= {"settings": checkpoint.read_json(begun), "failed": (error or "it stopped; see above").strip()}
     else:
@@ -217,12 +217,12 @@ def do_all(runs, hashes, show=lambda done: None):
     left = [run for run in runs if records[run["record"]] is None]
     print(f"{len(runs)} runs, {len(runs) - len(left)} of them there already")
     for number, run in enumerate(left):
-        seconds = {}
+        seconds = {}  # of the finished runs of each method
         for other in runs:
-            if records[other["record"]]:
-                seconds.setdefault(other["method"], []).append(records[other["record"]]["wall_seconds"])
-        known = [np.mean(values) for values in seconds.values()]
-        guess = sum(np.mean(seconds.get(other["method"], known)) for other in left[number:]) if known else None
+            if record := records[other["record"]]:
+                seconds.setdefault(other["method"], []).append(record["wall_seconds"])
+        average = [np.mean(values) for values in seconds.values()]
+        guess = sum(np.mean(seconds.get(other["method"], average)) for other in left[number:]) if seconds else None
         print(f"\n{run['record'].stem}: run {len(runs) - len(left) + number + 1} of {len(runs)}"
               + (f", about {math.ceil(guess / 60)} min left in all" if guess else ""))
         records[run["record"]] = do_run(run, hashes)

@@ -498,6 +498,13 @@ def test_the_gradient_worked_out_by_hand_is_that_of_equation_3(autocast, bias):
         assert (ours - theirs).abs().max() < (0.02 if autocast else 1e-6) * theirs.abs().max()
 
 
+@pytest.mark.parametrize("shape", [(5,), (0, 5), (3, 5), (2, 0, 5), (2, 3, 4, 5)])
+def test_lora_takes_every_shape_that_a_linear_layer_takes(shape):
+    wrapped = LoRALinear(nn.Linear(5, 7).requires_grad_(False))
+    x = torch.randn(shape)
+    assert torch.equal(wrapped(x), wrapped.linear(x))
+
+
 def test_lora_over_weights_that_are_trained_too():
     wrapped = LoRALinear(nn.Linear(5, 7))
     wrapped(torch.randn(3, 5)).sum().backward()

@@ -62,13 +62,14 @@ class LoRALinear(nn.Module):
         """(..., in_features) -> (..., out_features)"""
         dropout = self.training and self.dropout.p > 0
         if dropout or any(parameter.requires_grad for parameter in self.linear.parameters()):
+            # The equation as it stands. Else the same, faster: LowRankLinear has but one x, and no gradient for W0.
             low_rank = F.linear(self.dropout(x), self.lora_A) * self.scaling  # (..., rank)
             return self.linear(x) + F.linear(low_rank, self.lora_B)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        y = LowRankLinear.apply(x.to(dtype).flatten(0, -2), self.linear.weight.to(dtype), self.bias,
+        y = LowRankLinear.apply(x.to(dtype).reshape(-1, x.shape[-1]), self.linear.weight.to(dtype), self.bias,
                                 self.lora_A.to(dtype), (self.scaling * self.lora_B).to(dtype))
-        return y.unflatten(0, x.shape[:-1])
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @property
     def weight(self):

@@ -283,8 +283,9 @@ def differences(rows, path):
         axis.axvline(0, color=INK, linewidth=1)
         for index, row in enumerate(rows):
             middle, low, high, p = (row[key] for key in ("difference", "low", "high", "p"))
+            open_question = low <= 0 <= high or p is not None and p > 0.05
             axis.errorbar(middle, index, xerr=[[middle - low], [high - middle]], color=INK, marker="o", markersize=8,
-                          markerfacecolor="white" if low <= 0 <= high or p is not None and p > 0.05 else INK, linewidth=2)
+                          markerfacecolor="white" if open_question else INK, linewidth=2)
             text = f"{middle:+.2f}  [{low:+.2f}, {high:+.2f}]".replace("-", "−")
             text += "" if p is None else "   p < 0.001" if p < 0.001 else f"   p = {p:.3f}"
             axis.annotate(text, (1.02, index), xycoords=axis.get_yaxis_transform(), va="center")
