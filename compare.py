@@ -315,11 +315,11 @@ def differences(done, pairs, same_sentences):
         sentences = len(gaps[0]) if same_sentences else sum(map(len, gaps))
         if same_sentences:
             p = statistics.permutation_test(np.mean(gaps, axis=0))
-        share = float(np.mean(np.abs(np.concatenate(gaps))))
+        smallest = 100 * statistics.smallest_detectable(float(np.mean(np.abs(np.concatenate(gaps)))), sentences)
         found.append({"name": f"{name_of(a)} - {name_of(b)}", "difference": 100 * mean,
                       "low": 100 * low, "high": 100 * high, "p": p, "only_a": only_a, "only_b": only_b,
                       "sentences": sentences,
-                      "smallest": 100 * statistics.smallest_detectable(share, sentences)})
+                      "smallest": smallest if math.isfinite(smallest) else None})
     for row, p in zip(found, statistics.holm([row["p"] for row in found]) if found else []):
         row["p"] = float(p)
     return found
@@ -331,9 +331,10 @@ def sentence(row):
     facts = (f"{row['difference']:+.1f} points, 95 % interval {row['low']:+.1f} to {row['high']:+.1f}, "
              f"p = {row['p']:.2g}, {row['sentences']:,} sentences")
     if row["low"] <= 0 <= row["high"] or row["p"] > 0.05:
-        return (f"{a} and {b} are not distinguished ({facts}; a true difference of {row['smallest']:.1f} points would "
-                "have been found four times in five)")
-    return f"{a} is {'better' if row['low'] > 0 else 'worse'} than {b} ({facts})"
+        found = (f"a true difference of {row['smallest']:.1f} points would have been found four times in five"
+                 if row["smallest"] else "too few sentences to find any difference")
+        return f"{a} and {b} are not distinguished ({facts}; {found})"
+    return f"{a} did {'better' if row['low'] > 0 else 'worse'} than {b} ({facts})"
 
 
 def references(content):
@@ -400,7 +401,7 @@ def write_comparison(done, out, same_sentences, majority, default_data):
                                                   for i, end in enumerate(("", "_std"))}})
         histories[row["method"]] = [record["history"] for run, record in done
                                     if run["label"] == row["method"] and "failed" not in record]
-    across = [("majority class", 100 * majority)] + [("one human rater", 100 * human)] * bool(human)
+    across = [("majority class", 100 * majority)] + ([("one human rater", 100 * human)] if human else [])
     figures = [("tradeoff", plots.tradeoff, points, across), ("curves", plots.learning_curves, histories),
                ("costs", plots.costs, costs)] * bool(trained)
     figures += [("differences", plots.differences, pairs)] * bool(pairs)
