@@ -1326,7 +1326,7 @@ def compared(out, tiny, file, *options):
     line = ["--weights", str(tiny), "--data", str(file), "--out", str(out), *short, *map(str, options)]
     assert compare.main(*compare.parse(line)) == 0
     content = json.loads((out / "comparison.json").read_text())
-    for part in (*content["rows"], *(run["metrics"] for run in content["runs"])):
+    for part in (*content["rows"], *(run.get("metrics", {}) for run in content["runs"])):
         for key in ("train_seconds", "step_milliseconds", "best_seconds", "peak_memory_mb", "sentences_per_second"):
             part.pop(key, None)
     return content
