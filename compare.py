@@ -23,7 +23,8 @@ ROOT = Path(__file__).parent
 METHODS = ("head", "adapter", "lora", "full")
 PAIRS = [("head", "full"), ("adapter", "full"), ("lora", "full"), ("lora", "adapter")]
 QUICK = ["--limit", "640"]
-RATES = 5  # learning rates tried for each technique, a factor of two apart; more where the best is at an end
+# --tune tries these learning rates, twice, four times, half and a quarter of them, and more if the best is at an end.
+MIDDLE = {"head": 1e-3, "adapter": 5e-4, "lora": 5e-4, "full": 5e-5}
 
 # The papers' claims. runs: (series, x, method, options), one point of the plot each; x None is a line across it.
 # pairs: which of them, as (series, x), are compared.
@@ -87,7 +88,7 @@ def parse(arguments):
                         help=f"what to compare ({' '.join(METHODS)})")
     parser.add_argument("--folds", metavar="N", type=int, choices=range(1, 11), help="how many of the ten folds to "
                         "test on, each with a seed of its own (3; 1 with --quick, --tune and --study)")
-    parser.add_argument("--seeds", metavar="N", type=int, help="with --test FILE: how many seeds (3)")
+    parser.add_argument("--seeds", metavar="N", type=int, help="the same with --test FILE: how many seeds (3 or 1)")
     parser.add_argument("--quick", action="store_true", help="one fold, few sentences: a look at the whole")
     parser.add_argument("--tune", action="store_true", help="search each technique's learning rate on dev")
     parser.add_argument("--study", choices=[*STUDIES, "inside"], help="put one claim of the papers to the test")
@@ -103,6 +104,7 @@ def parse(arguments):
         parser.error("--seeds N, at least 1, goes with --test FILE; without it --folds N repeats the comparison")
     if options.folds and "--test" in passed_on:
         parser.error("--folds takes test sentences from the data, but --test names a file: use --seeds")
+    options.repeats = options.folds or options.seeds or (1 if options.quick or options.tune or options.study else 3)
     if options.out is None:
         options.out = Path("runs/quick" if options.quick else "runs/comparison")
     return options, QUICK * options.quick + passed_on  # of an option given twice, the last counts
@@ -169,6 +171,16 @@ def load_record(run, hashes):
     return record if is_this(run, record["settings"], hashes) else None
 
 
+# What a run's process does. It ends when the other end of its stdin is closed, and with that when compare.py is
+# killed: or it would go on alone, and the next compare.py would write into the same folder.
+CHILD = f"""
+import os, sys, threading
+threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
+sys.path[0] = {str(ROOT)!r}
+import train
+sys.exit(train.main(train.parse(sys.argv[1:])))"""
+
+
 def do_run(run, hashes):
     """Run train.py in a process of its own, so that its time and memory are its own; returns the record it leaves.
 
@@ -183,10 +195,11 @@ def do_run(run, hashes):
         shutil.rmtree(folder)
     command = ["train.py", *run["line"], "--out", str(folder)] + ["--resume"] * going_on
     print("\n$ python", *command, flush=True)
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *command[1:]], stdout=subprocess.DEVNULL,
-                               stderr=None if sys.stderr.isatty() else subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", CHILD, *command[1:]], text=True, stdin=subprocess.PIPE,
+                               stdout=subprocess.DEVNULL, stderr=None if sys.stderr.isatty() else subprocess.PIPE)
     try:
-        _, error = process.communicate()
+        error = process.stderr.read() if process.stderr else ""
+        process.wait()
     except KeyboardInterrupt:
         process.wait()  # it has the signal too, and ends in good order
         raise
@@ -416,11 +429,10 @@ def compare(options, passed_on):
     """Train every method on every fold (or seed), and write table and plots."""
     hashes, corpus = context(passed_on)
     own_test, default_data = "--test" in passed_on, "--data" not in passed_on
-    repeats = range(options.seeds or 3) if own_test else range(options.folds or (1 if options.quick else 3))
     print(f"{len(corpus):,} sentences, labelled {', '.join(corpus.classes)[:200]}", *corpus.notes, sep="\n")
     plan = [("untrained", "head", ["--epochs", 0]), *((name, name, []) for name in METHODS if name in options.methods)]
-    runs = [make_run(name, method, extra, repeat, passed_on, options.out) for repeat in repeats
-            for name, method, extra in plan]
+    runs = [make_run(name, method, extra, repeat, passed_on, options.out)
+            for repeat in range(options.repeats) for name, method, extra in plan]
 
     def show(done):
         print("", *markdown(summarise(done), ("trainable_percent", "train_accuracy", "dev_accuracy", "test_accuracy",
@@ -440,15 +452,17 @@ def tune(options, passed_on):
     hashes, _ = context(passed_on)
     found = {}
     for method in options.methods:
-        middle, tried = train.DEFAULTS[method]["lr"], {}
-        rates = [float(f"{middle * 2.0 ** (i - RATES // 2):.3g}") for i in range(RATES)]
+        tried, rates = {}, [MIDDLE[method] * factor for factor in (1 / 4, 1 / 2, 1, 2, 4)]
         while rates:
             runs = [make_run(rate, method, ["--lr", rate], repeat, passed_on, options.out)
-                    for rate in rates for repeat in range(options.folds or 1)]
+                    for rate in rates for repeat in range(options.repeats)]
             for run, record in zip(runs, do_all(runs, hashes)):
                 tried.setdefault(run["label"], [])
                 if "failed" not in record:
                     tried[run["label"]].append(record["history"][-1])
+            if not any(tried.values()):
+                raise ValueError(f"{method}: every run from --lr {min(tried):g} to {max(tried):g} failed; see "
+                                 f"{options.out}/runs")
             best = max((rate for rate in tried if tried[rate]), key=lambda rate: (
                 np.mean([last["dev_accuracy"] for last in tried[rate]]),
                 -np.mean([last["dev_loss"] for last in tried[rate]])))  # of equal accuracies, the lower loss
@@ -480,7 +494,7 @@ def study(options, passed_on):
         if options.study == "data" and x < 100:  # in per cent; as many steps as for all, but at most 20 epochs
             extra = ["--limit", len(data.split(corpus)[0]) * x // 100, "--epochs", min(20, 300 // x)]
         runs += [make_run((series, x), method, extra, repeat, passed_on, options.out)
-                 for repeat in range(options.folds or 1)]
+                 for repeat in range(options.repeats)]
     done = list(zip(runs, do_all(runs, hashes)))
     pairs = differences(done, plan["pairs"], same_sentences="--test" in passed_on)
     rows, points, across = summarise(done), {}, {}
@@ -543,7 +557,11 @@ def write_study(name, content, out, draw, *numbers):
 def human(options):
     """How often the sign of one rating is that of the others' mean, a zero counted half. Written to human.json."""
     agree = total = 0
-    for line in download.read_data_package("movieReviewSnippets_anonDataRatings.txt").decode().splitlines():
+    try:
+        rated = download.read_data_package("movieReviewSnippets_anonDataRatings.txt")
+    except subprocess.CalledProcessError as error:
+        raise OSError(f"the ratings could not be fetched ({error}); this needs a network") from None
+    for line in rated.decode().splitlines():
         ratings = np.array(json.loads(line.split("\t")[3]), float)  # id, mean, standard deviation, [ratings]
         others = np.sign(ratings.sum() - ratings)
         agree += ((1 + np.sign(ratings) * others) / 2)[others != 0].sum()

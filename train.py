@@ -188,6 +188,8 @@ def describe(model):
             became = f"Linear + adapter, bottleneck {module.down.out_features}"
         elif hasattr(module, "adapter_base"):
             became = "LayerNorm, trained"
+        elif [part for part, value in module.named_parameters(recurse=False) if value.requires_grad] == ["bias"]:
+            became = f"{type(module).__name__}, bias trained"
         else:
             continue
         new = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
@@ -427,9 +429,9 @@ def run(settings):
             raise ValueError(f"--limit {settings.limit} leaves a class without a sentence to train on; take more")
     model = checkpoint.build(vars(settings), len(corpus.classes), weights)
     config = model.encoder.config
-    if settings.max_length > config.max_position_embeddings:
-        raise ValueError(f"--max-length {settings.max_length}: the encoder has only {config.max_position_embeddings} "
-                         "positions")
+    longest = config.max_position_embeddings // data.MULTIPLE * data.MULTIPLE
+    if settings.max_length > longest:
+        raise ValueError(f"--max-length {settings.max_length}: this encoder takes at most {longest} tokens")
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise ValueError(f"{weights}: tokenizer.json has {tokenizer.get_vocab_size():,} tokens and the encoder only "
                          f"{config.vocab_size:,}: they do not belong together")
@@ -461,7 +463,7 @@ def run(settings):
          {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}], lr=settings.lr, fused=True)
     progress = {"step": 0, "seconds": 0.0, "recent_seconds": [], "history": []}
     if settings.resume and state_path(settings).is_file():
-        progress = checkpoint.load_state(state_path(settings), model, optimizer)
+        progress |= checkpoint.load_state(state_path(settings), model, optimizer)
         print(f"going on after step {progress['step']}")
     forward = Forward(model, corpus, device, bf16)
     train(forward, optimizer, train_rows, dev_rows, progress, settings)

@@ -44,7 +44,7 @@ EPOCHS = {"lora": 3, "adapter": 1, "head": 3, "full": 1}  # after LoRA's three, 
 PEER_LORA = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 PEER_ADAPTERS = {"targets": ("output.dense",), "norms": ("output.LayerNorm",)}  # the ends of both sub-layers' names
 SPEED_UPS = ("batches of like length", "linear layers in bf16", "frozen weights kept in bf16",
-             "LoRA's gradient by hand", "short attention by the book")
+             "LoRA's gradient by hand", "short attention by the book", "lengths in multiples of 8")
 # One row each: runs, figure, and how many times better than the usual and the best side ours should be.
 TABLE = {"LoRA, seconds an epoch": ("epoch/lora", "scaled_seconds", 4, 2),
          "adapters, seconds an epoch": ("epoch/adapter", "scaled_seconds", 4, None),
@@ -294,7 +294,7 @@ def ablate(settings, without):
             context = F.scaled_dot_product_attention(query, key, value, mask)
         return self.norm(x + self.dropout(self.output(context.transpose(1, 2).flatten(2).to(x.dtype))))
 
-    like, bf16, kept, by_hand, by_book = (name in without for name in SPEED_UPS)
+    like, bf16, kept, by_hand, by_book, multiples = (name in without for name in SPEED_UPS)
     if like:
         data.batches_of_like_length = random_batches
     if bf16:
@@ -305,6 +305,8 @@ def ablate(settings, without):
         lora.LoRALinear.forward = plain_lora
     if by_book:
         bert.Attention.forward = fused_attention
+    if multiples:
+        data.MULTIPLE = 1
     return ours(settings)  # imports train.py, which finds the plain versions
 
 
@@ -341,8 +343,10 @@ def steps(settings, batch, length, count, shrink=0):
 
 
 def reading(settings, whole_file, count, folder):
-    """Seconds to read and tokenise `count` distinct sentences, and the memory that takes and leaves held."""
+    """Seconds to read and tokenise `count` distinct sentences, and the memory that takes and leaves held; and the
+    peak memory of a process that has also split them and made an epoch's batches."""
     from itertools import cycle, islice
+    import numpy as np
     from minipeft import data
     path = Path(folder, "many.tsv")
     with open(path, "w", encoding="utf-8") as file:
@@ -353,9 +357,12 @@ def reading(settings, whole_file, count, folder):
     corpus = data.read_corpus([path], tokenizer)
     seconds = time.perf_counter() - began
     path.unlink()
+    growth = peak_memory() - before
+    rows = data.split(corpus)[0]
+    data.batches_of_like_length(corpus.lengths[rows], settings["batch_size"], np.random.default_rng(0))
     arrays = {name: array.nbytes / 1e6 for name, array in vars(corpus).items() if hasattr(array, "nbytes")}
-    return {"seconds": seconds, "sentences": len(corpus), "peak_growth_mb": peak_memory() - before,
-            "token_ids_mb": arrays["tokens"], "all_arrays_mb": sum(arrays.values())}
+    return {"seconds": seconds, "sentences": len(corpus), "peak_growth_mb": growth, "token_ids_mb": arrays["tokens"],
+            "all_arrays_mb": sum(arrays.values()), "peak_memory_mb": peak_memory()}
 
 
 # -- measuring and telling --------------------------------------------------------------------------------
@@ -431,12 +438,13 @@ def measure_all(results, needs, parts, pairs, rounds, quick, folder):
             results.measure(f"growth/batch/{batch}", "steps", settings=lora, batch=batch, length=32, count=20)
         for length in (16, 32) if quick else (16, 32, 64, 128, 256, 512):
             results.measure(f"growth/length/{length}", "steps", settings=lora, batch=32, length=length, count=8)
-        results.measure("growth/long", "steps", settings=lora, batch=4 if quick else 32, length=256, count=8, shrink=1)
+        results.measure("growth/long", "steps", settings=lora, batch=4 if quick else 32, length=256, count=8, shrink=8)
         for limit in (40, 80) if quick else (1000, 3000, about["whole_sentences"]):
             results.measure(f"growth/sentences/{limit}", "ours", settings=lora | {
                 "epochs": 1, "limit": limit, "data": lora["data"] if quick else needs["whole_file"]})
-        results.measure("growth/reading", "reading", settings=lora, whole_file=needs["whole_file"],
-                        count=2000 if quick else 100_000, folder=folder)
+        for count in (2000, 4000) if quick else (100_000, 1_000_000):
+            results.measure(f"growth/reading/{count}", "reading", settings=lora, whole_file=needs["whole_file"],
+                            count=count, folder=folder)
 
 
 def summarise(results):
@@ -468,10 +476,13 @@ def summarise(results):
         for side in SIDES[:2]:
             aim(f"LoRA, dev accuracy {share:.1%}, apart from the {accuracy[side]:.1%} of the {side} side (points)",
                 100 * abs(share - accuracy[side]), most=noise)
-    if many := runs.get("growth/reading"):
+    if "growth/long" in runs:
         aim("LoRA on all linear layers, 256 tokens, batch 32: peak memory (MB)",
             runs["growth/long"]["peak_memory_mb"], most=3000)
-        aim(f"reading and tokenising {many['sentences']:,} sentences (s)", many["seconds"], most=5)
+    if reads := [run for key, run in runs.items() if key.startswith("growth/reading/")]:
+        aim(f"reading and tokenising {reads[0]['sentences']:,} sentences (s)", reads[0]["seconds"], most=5)
+        aim(f"{reads[-1]['sentences']:,} sentences read, split and put into batches: peak memory (MB)",
+            reads[-1]["peak_memory_mb"], most=24_000)
     results.content["summary"] = {"table": rows, "aims": aims}
     results.save()
 
@@ -504,7 +515,7 @@ def draw(results, folder):
         with whole(folder / "ablation.png") as aside:
             plots.steps([(label, median(values), min(values), max(values)) for label, values in zip(labels, seconds)],
                         aside, "seconds an epoch")
-    if "growth/reading" in results.runs:
+    if "growth/long" in results.runs:
         panels = []
         for name, size, y_label in (("batch", "sentences in a batch", "seconds a step"), ("length", "tokens in a "
                                     "sentence", "seconds a step"), ("sentences", "sentences", "seconds an epoch")):

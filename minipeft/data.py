@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 PARTS = 11  # a hash of its text puts every sentence into one of these parts
 DEV = 10    # the part that all choices are made on; the others take turns as the test part
 CHUNK = 1000  # sentences read and tokenised at a time
+MULTIPLE = 8  # batches are padded to a multiple of so many tokens
 
 
 # -- reading ----------------------------------------------------------------------------------------------
@@ -266,10 +267,15 @@ def batches_of_like_length(lengths, batch_size, rng=None):
 
 
 def pad(sentences, device="cpu"):
-    """Token ids of a few sentences -> input_ids (batch, longest) and attention_mask, None if nothing is padding."""
+    """Token ids of a few sentences -> input_ids (batch, length) and attention_mask, None if nothing is padding.
+
+    The length is that of the longest, up to the next multiple of 8. On a CPU, torch compiles the kernels of a
+    matrix product for every shape it meets, and keeps them: 50 different lengths fill hundreds of megabytes.
+    """
     lengths = np.array([len(ids) for ids in sentences])
-    input_ids = np.zeros((len(sentences), lengths.max()), np.int64)
-    mask = np.arange(lengths.max()) < lengths[:, None]
+    length = -(-lengths.max() // MULTIPLE) * MULTIPLE
+    input_ids = np.zeros((len(sentences), length), np.int64)
+    mask = np.arange(length) < lengths[:, None]
     input_ids[mask] = np.concatenate(sentences)
     attention_mask = None if mask.all() else torch.from_numpy(mask).to(device)
     return torch.from_numpy(input_ids).to(device), attention_mask
