@@ -96,6 +96,11 @@ def lora_flops(lengths, config, rank):
     return forward + backward + n * low_rank
 
 
+def random_batches(lengths, batch_size, rng):
+    import numpy as np
+    return np.array_split(rng.permutation(len(lengths)), range(batch_size, len(lengths), batch_size))
+
+
 def prepare(folder, sentences, held_out):
     """Put `sentences` of fold 0's training set into a file, with dev and test, and say what all sides have to know.
 
@@ -118,7 +123,12 @@ def prepare(folder, sentences, held_out):
         name, "--data", str(subset), "--weights", str(weights), "--device", "cpu", "--epochs", str(epochs),
         "--out", str(Path(folder, "run")), "--overwrite", "--save-every", str(10**9)]))
         for name, epochs in EPOCHS.items()}
-    return {"settings": settings, "whole_file": str(file), "about": {
+    lengths, padded = corpus.lengths[training], {}
+    for name, make, multiple in (("in_random_batches", random_batches, 1),
+                                 ("in_batches_of_like_length", data.batches_of_like_length, data.MULTIPLE)):
+        longest = [(len(batch), lengths[batch].max()) for batch in make(lengths, 32, np.random.default_rng(0))]
+        padded[f"tokens_{name}"] = int(sum(size * -(-length // multiple) * multiple for size, length in longest))
+    return {"settings": settings, "whole_file": str(file), "about": padded | {
         "sentences": len(rows), "tokens": int(corpus.lengths[rows].sum()), "whole_sentences": len(training),
         "whole_tokens": int(corpus.lengths[training].sum()), "dev_sentences": len(dev), "test_sentences": len(test),
         "lora_flops": lora_flops(corpus.lengths[rows], bert.read_config(weights), settings["lora"]["rank"]),
@@ -272,16 +282,10 @@ def infer(settings, side):
 
 def ablate(settings, without):
     """Train with some of SPEED_UPS taken away, each by putting the plain version in its place."""
-    import numpy as np
     import torch
     import torch.nn.functional as F
     from minipeft import bert, data, lora
     like_length = data.batches_of_like_length
-
-    def random_batches(lengths, batch_size, rng=None):
-        if rng is None:  # evaluation stays as it is
-            return like_length(lengths, batch_size)
-        return np.array_split(rng.permutation(len(lengths)), range(batch_size, len(lengths), batch_size))
 
     def plain_lora(self, x):
         low_rank = F.linear(self.dropout(x), self.lora_A) * self.scaling
@@ -295,8 +299,9 @@ def ablate(settings, without):
         return self.norm(x + self.dropout(self.output(context.transpose(1, 2).flatten(2).to(x.dtype))))
 
     like, bf16, kept, by_hand, by_book, multiples = (name in without for name in SPEED_UPS)
-    if like:
-        data.batches_of_like_length = random_batches
+    if like:  # in training; evaluation, which brings no generator, stays as it is
+        data.batches_of_like_length = lambda lengths, size, rng=None: (
+            random_batches(lengths, size, rng) if rng else like_length(lengths, size))
     if bf16:
         settings["precision"] = "fp32"
     if kept:
@@ -448,7 +453,7 @@ def measure_all(results, needs, parts, pairs, rounds, quick, folder):
 
 
 def summarise(results):
-    """Put the rows of both tables into `results`: ours beside the others', and what else is aimed at."""
+    """Put the rows of the tables into `results`: ours beside the others', what else is aimed at, and the ablation."""
     about, runs, rows, aims = results.content["about"], results.runs, [], []
     for label, (prefix, figure, *targets) in TABLE.items():
         values = {side: results.take(f"{prefix}/{side}", figure) for side in SIDES}
@@ -462,7 +467,8 @@ def summarise(results):
         rows.append(row)
 
     def aim(what, value, most=None, least=None):
-        aims.append({"what": what, "measured": value, "target": f"at most {most:.4g}" if most else f"at least {least}",
+        target = f"at least {least}" if most is None else f"at most {most:,.0f}" if most > 100 else f"at most {most:.2g}"
+        aims.append({"what": what, "measured": value, "target": target,
                      "met": value <= most if most else value >= least})
 
     if own := results.take("epoch/lora/minipeft", "seconds"):
@@ -483,12 +489,15 @@ def summarise(results):
         aim(f"reading and tokenising {reads[0]['sentences']:,} sentences (s)", reads[0]["seconds"], most=5)
         aim(f"{reads[-1]['sentences']:,} sentences read, split and put into batches: peak memory (MB)",
             reads[-1]["peak_memory_mb"], most=24_000)
-    results.content["summary"] = {"table": rows, "aims": aims}
+    steps = [{"with": ["plain loop", *("+ " + name for name in SPEED_UPS)][have]} | {
+        figure: median(results.take(f"ablation/{have}", figure)) for figure in ("scaled_seconds", "peak_memory_mb")}
+        for have in range(len(SPEED_UPS) + 1) if results.take(f"ablation/{have}", "seconds")]
+    results.content["summary"] = {"table": rows, "aims": aims, "ablation": steps}
     results.save()
 
 
 def tables(summary):
-    """Both tables as they stand in the README: lines of Markdown."""
+    """The tables as they stand in the README: lines of Markdown."""
     def amount(value):
         return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
@@ -504,6 +513,9 @@ def tables(summary):
     for aim in summary["aims"]:
         met = "met" if aim["met"] else "missed"
         lines.append(f"| {aim['what']} | {amount(aim['measured'])} | {aim['target']} | {met} |")
+    lines += ["", "| LoRA | seconds an epoch | peak memory (MB) |", "|---|---|---|"]
+    for row in summary["ablation"]:
+        lines.append(f"| {row['with']} | {amount(row['scaled_seconds'])} | {amount(row['peak_memory_mb'])} |")
     return lines
 
 
