@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import nn
 
 import compare
+from benchmarks import speed
 import train
 from minipeft import adapter, checkpoint, data, download, lora, statistics
 from minipeft.adapter import Adapter, add_adapters, remove_adapters
@@ -1449,6 +1450,15 @@ def test_readme_says_what_the_result_files_say(tmp_path):
         record = json.loads((ROOT / "results" / "runs" / f"{run['name']}.json").read_text())
         assert record["metrics"] == run["metrics"] and record["command"] == run["command"]
         assert compare.right(record).mean() == pytest.approx(run["metrics"]["test_accuracy"])
+
+
+def test_readme_says_what_the_benchmark_says():
+    content = json.loads((ROOT / "results" / "speed.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    missing = [line for line in speed.tables(content["summary"]) if line not in readme.splitlines()]
+    assert not missing and len(content["summary"]["table"]) == len(speed.TABLE)
+    for name in ("whole_tokens", "tokens_in_random_batches", "tokens_in_batches_of_like_length", "sentences"):
+        assert f"{content['about'][name]:,}" in readme
 
 
 def test_no_pickle_and_no_big_libraries():

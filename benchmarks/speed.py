@@ -526,14 +526,14 @@ def draw(results, folder):
     if all(seconds):
         with whole(folder / "ablation.png") as aside:
             plots.steps([(label, median(values), min(values), max(values)) for label, values in zip(labels, seconds)],
-                        aside, "seconds an epoch")
+                        aside, "seconds an epoch of LoRA; bars: median, whiskers: least and most", "s")
     if "growth/long" in results.runs:
         panels = []
         for name, size, y_label in (("batch", "sentences in a batch", "seconds a step"), ("length", "tokens in a "
                                     "sentence", "seconds a step"), ("sentences", "sentences", "seconds an epoch")):
             runs = {int(key.split("/")[2]): run for key, run in results.runs.items()
                     if key.startswith(f"growth/{name}/")}
-            panels.append([{"title": title, "x_label": size, "y_label": y_label, "series": {
+            panels.append([{"title": title, "x_label": size, "y_label": y_label, "log": title == "time", "series": {
                 "lora": [(size, run[figure]) for size, run in runs.items()]}} for title, y_label, figure in (
                     ("time", y_label, "seconds"), ("memory", "peak memory (MB)", "peak_memory_mb"))])
         with whole(folder / "growth.png") as aside:

@@ -309,7 +309,7 @@ def costs(rows, path):
             axis.set_xlabel(name + "\n± standard deviation over runs" * any(spread))
 
 
-def steps(rows, path, unit):
+def steps(rows, path, x_label, unit):
     """What each step of an ablation brings. rows: [(label, value, low, high), ...], low and high may be None."""
     with drawing(path, size=(9, 1.1 + 0.5 * len(rows))) as (_, [[axis]]):
         labels, values, lows, highs = zip(*rows)
@@ -318,19 +318,26 @@ def steps(rows, path, unit):
         texts = [f"{amount(v)} {unit}" + (f"   (× {v / before:.2f})" if before else "")
                  for v, before in zip(values, (None, *values))]
         bars(axis, labels, values, texts, "#b0b0b0", spread)
-        axis.set_xlabel(f"{unit}; in brackets: relative to the bar above")
+        axis.set_xlabel(f"{x_label}\nin brackets: relative to the bar above")
 
 
 def growth(panels, path):
-    """Time or memory against size, log-log; dotted: in proportion to size. panels: rows of panels, each a dict of
-    title, x_label, y_label and series {method or label: [(size, value), ...]}."""
+    """Time or memory against size. panels: rows of panels, each a dict of title, x_label, y_label, log and series
+    {method or label: [(size, value), ...]}. With log, both axes are, and a dotted line is in proportion to size;
+    else both begin at 0, which shows what is there before the first sentence."""
     with drawing(path, len(panels), len(panels[0]), (10, 0.7 + 2.9 * len(panels))) as (figure, axes):
         entries = {}
         for axis, panel in zip(axes.flat, (panel for row in panels for panel in row)):
-            axis.set(xscale="log", yscale="log", title=panel["title"], xlabel=panel["x_label"], ylabel=panel["y_label"])
+            axis.set(title=panel["title"], xlabel=panel["x_label"], ylabel=panel["y_label"])
             for index, (name, points) in enumerate(panel["series"].items()):
                 label, colour, marker = look(name, index)
                 entries[label], = axis.plot(*zip(*points), color=colour, marker=marker)
+            if not panel["log"]:
+                axis.set(xlim=(0, None), ylim=(0, 1.1 * axis.dataLim.ymax))
+                axis.xaxis.set_major_formatter("{x:,g}")
+                axis.yaxis.set_major_formatter("{x:,g}")
+                continue
+            axis.set(xscale="log", yscale="log")
             axis.set(xlim=axis.get_xlim(), ylim=axis.get_ylim())
             sizes, bottom = np.array(axis.get_xlim()), axis.get_ylim()[0]
             entries["in proportion to size"], = axis.plot(sizes, bottom * sizes / sizes[0], ":", color=INK)
