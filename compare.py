@@ -572,6 +572,14 @@ def human(options):
 
 # -- publishing -------------------------------------------------------------------------------------------
 
+def rates(found):
+    """What became of one technique's search for a learning rate, in words."""
+    scores = {row["lr"]: np.mean(row["dev_accuracy"]) for row in found["tried"] if row["dev_accuracy"]}
+    near = [rate for rate in scores if scores[rate] >= scores[found["chosen"]] - 0.01]
+    return (f"{found['chosen']:g}, the best of {len(found['tried'])} with {scores[found['chosen']]:.1%}; from "
+            f"{min(near):g} to {max(near):g} it is at most a point behind")
+
+
 def published(results):
     """What stands between the README's markers, made from the files in `results`."""
     content = checkpoint.read_json(results / "comparison.json")
@@ -580,11 +588,16 @@ def published(results):
              + (", mean ± standard deviation over the folds:" if folds > 1 else ":"), "",
              *markdown(content["rows"], QUALITY), "", f"For scale: {references(content)}.", "",
              *markdown(content["rows"], COST), "", *(f"- {sentence(row)}." for row in content["differences"])]
+    if (results / "tuning.json").is_file():
+        lines += ["", "`python compare.py --tune --out results`: the learning rate of each technique, chosen on dev.", "",
+                  *(f"- {plots.look(method)[0]}: {rates(found)}." for method, found in checkpoint.read_json(
+                      results / "tuning.json").items()),
+                  "", "![Dev accuracy of each technique against its learning rate](results/tuning.png)"]
     for name in (*STUDIES, "inside"):
         if (results / f"study-{name}.json").is_file():
             found = checkpoint.read_json(results / f"study-{name}.json")
             lines += ["", f"`python compare.py --study {name} --out results`. The claim: {found['claim']}.", "",
-                      *(f"- {line}." for line in found["verdict"])]
+                      *(f"- {line}." for line in found["verdict"]), "", f"![{name}](results/study-{name}.png)"]
     return "\n".join(lines)
 
 

@@ -1452,6 +1452,14 @@ def test_readme_says_what_the_result_files_say(tmp_path):
         assert compare.right(record).mean() == pytest.approx(run["metrics"]["test_accuracy"])
 
 
+def test_the_learning_rates_are_those_that_were_found():
+    for method, found in json.loads((ROOT / "results" / "tuning.json").read_text()).items():
+        assert train.DEFAULTS[method]["lr"] == found["chosen"]
+        best = max(found["tried"], key=lambda row: np.mean(row["dev_accuracy"]))["dev_accuracy"]
+        chosen, = (row["dev_accuracy"] for row in found["tried"] if row["lr"] == found["chosen"])
+        assert np.mean(chosen) == np.mean(best) and min(row["lr"] for row in found["tried"]) < found["chosen"]
+
+
 def test_readme_says_what_the_benchmark_says():
     content = json.loads((ROOT / "results" / "speed.json").read_text())
     readme = (ROOT / "README.md").read_text()
