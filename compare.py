@@ -589,7 +589,7 @@ def published(results):
              *markdown(content["rows"], QUALITY), "", f"For scale: {references(content)}.", "",
              *markdown(content["rows"], COST), "", *(f"- {sentence(row)}." for row in content["differences"])]
     if (results / "tuning.json").is_file():
-        lines += ["", "`python compare.py --tune --out results`: the learning rate of each technique, chosen on dev.", "",
+        lines += ["", "`python compare.py --tune --out results`: each technique's learning rate, chosen on dev.", "",
                   *(f"- {plots.look(method)[0]}: {rates(found)}." for method, found in checkpoint.read_json(
                       results / "tuning.json").items()),
                   "", "![Dev accuracy of each technique against its learning rate](results/tuning.png)"]

@@ -467,7 +467,8 @@ def summarise(results):
         rows.append(row)
 
     def aim(what, value, most=None, least=None):
-        target = f"at least {least}" if most is None else f"at most {most:,.0f}" if most > 100 else f"at most {most:.2g}"
+        bound = least or (f"{most:,.0f}" if most > 100 else f"{most:.2g}")
+        target = f"at least {bound}" if least else f"at most {bound}"
         aims.append({"what": what, "measured": value, "target": target,
                      "met": value <= most if most else value >= least})
 
