@@ -27,8 +27,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import nn
 
 import compare
-from benchmarks import speed
 import train
+from benchmarks import speed
 from minipeft import adapter, checkpoint, data, download, lora, statistics
 from minipeft.adapter import Adapter, add_adapters, remove_adapters
 from minipeft.bert import Bert, BertConfig, Block, attend, check_tensors, dropout, hugging_face_name, load_bert, read_config
