@@ -87,7 +87,7 @@ def parse(arguments):
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", default=METHODS,
                         help=f"what to compare ({' '.join(METHODS)})")
     parser.add_argument("--folds", metavar="N", type=int, choices=range(1, 11), help="how many of the ten folds to "
-                        "test on, each with a seed of its own (3; 1 with --quick, --tune and --study)")
+                        "test on, each with a seed of its own (3; 1 with --quick and --study)")
     parser.add_argument("--seeds", metavar="N", type=int, help="the same with --test FILE: how many seeds (3 or 1)")
     parser.add_argument("--quick", action="store_true", help="one fold, few sentences: a look at the whole")
     parser.add_argument("--tune", action="store_true", help="search each technique's learning rate on dev")
@@ -104,7 +104,7 @@ def parse(arguments):
         parser.error("--seeds N, at least 1, goes with --test FILE; without it --folds N repeats the comparison")
     if options.folds and "--test" in passed_on:
         parser.error("--folds takes test sentences from the data, but --test names a file: use --seeds")
-    options.repeats = options.folds or options.seeds or (1 if options.quick or options.tune or options.study else 3)
+    options.repeats = options.folds or options.seeds or (1 if options.quick or options.study else 3)
     if options.out is None:
         options.out = Path("runs/quick" if options.quick else "runs/comparison")
     return options, QUICK * options.quick + passed_on  # of an option given twice, the last counts
@@ -289,7 +289,8 @@ def cell(row, column):
     (mean, std), (_, form, factor) = row[column], COLUMNS[column]
     if mean is None:
         return "-"
-    return form.format(factor * mean) + (f" ± {form.format(factor * std)}" if std else "")
+    spread = std is not None and std > 1e-9 * abs(mean)  # less is rounding: the same number in every run
+    return form.format(factor * mean) + (f" ± {form.format(factor * std)}" if spread else "")
 
 
 def markdown(rows, columns):
@@ -448,27 +449,31 @@ def compare(options, passed_on):
 # -- tuning -----------------------------------------------------------------------------------------------
 
 def tune(options, passed_on):
-    """Try learning rates for each technique, judged on dev alone, until the best is not at an end of those tried."""
+    """Try learning rates for each technique, judged on dev alone, until the best is not at an end of those tried.
+
+    Each is run once at first. Those at most a point of dev accuracy behind the best are then run on the other folds
+    too, since one run says no more than that, until all that are so close have been; the best mean is chosen.
+    """
     hashes, _ = context(passed_on)
     found = {}
     for method in options.methods:
-        tried, rates = {}, [MIDDLE[method] * factor for factor in (1 / 4, 1 / 2, 1, 2, 4)]
-        while rates:
-            runs = [make_run(rate, method, ["--lr", rate], repeat, passed_on, options.out)
-                    for rate in rates for repeat in range(options.repeats)]
+        tried, wanted = {}, [(MIDDLE[method] * factor, 0) for factor in (1 / 4, 1 / 2, 1, 2, 4)]
+        while wanted:
+            runs = [make_run(rate, method, ["--lr", rate], repeat, passed_on, options.out) for rate, repeat in wanted]
             for run, record in zip(runs, do_all(runs, hashes)):
-                tried.setdefault(run["label"], [])
-                if "failed" not in record:
-                    tried[run["label"]].append(record["history"][-1])
-            if not any(tried.values()):
+                tried.setdefault(run["label"], []).append(record["history"][-1] if "failed" not in record else None)
+            scores = {rate: (np.mean([last["dev_accuracy"] for last in ends]),  # of equal accuracies, the lower loss
+                             -np.mean([last["dev_loss"] for last in ends]))
+                      for rate, ends in tried.items() if None not in ends}
+            if not scores:
                 raise ValueError(f"{method}: every run from --lr {min(tried):g} to {max(tried):g} failed; see "
                                  f"{options.out}/runs")
-            best = max((rate for rate in tried if tried[rate]), key=lambda rate: (
-                np.mean([last["dev_accuracy"] for last in tried[rate]]),
-                -np.mean([last["dev_loss"] for last in tried[rate]])))  # of equal accuracies, the lower loss
-            rates = [best / 2] * (best == min(tried)) + [best * 2] * (best == max(tried))
+            best = max(scores, key=scores.get)
+            wanted = [(best / 2, 0)] * (best == min(tried)) + [(best * 2, 0)] * (best == max(tried)) or [
+                (rate, repeat) for rate, (accuracy, _) in scores.items() if accuracy >= scores[best][0] - 0.01
+                for repeat in range(len(tried[rate]), options.repeats)]
         found[method] = {"chosen": best, "tried": [
-            {"lr": rate, **{key: [last[key] for last in tried[rate]] for key in ("dev_accuracy", "dev_loss")}}
+            {"lr": rate, **{key: [last[key] for last in tried[rate] if last] for key in ("dev_accuracy", "dev_loss")}}
             for rate in sorted(tried)]}
         checkpoint.write_json(options.out / "tuning.json", found)
         print(f"{method}: the best learning rate on dev is {best:g}")
@@ -576,8 +581,10 @@ def rates(found):
     """What became of one technique's search for a learning rate, in words."""
     scores = {row["lr"]: np.mean(row["dev_accuracy"]) for row in found["tried"] if row["dev_accuracy"]}
     near = [rate for rate in scores if scores[rate] >= scores[found["chosen"]] - 0.01]
-    return (f"{found['chosen']:g}, the best of {len(found['tried'])} with {scores[found['chosen']]:.1%}; from "
-            f"{min(near):g} to {max(near):g} it is at most a point behind")
+    runs = max(len(row["dev_accuracy"]) for row in found["tried"])
+    return (f"{found['chosen']:g}, the best of {len(found['tried'])} with {scores[found['chosen']]:.1%}"
+            + (f" in the mean of {runs} runs" if runs > 1 else "")
+            + f"; from {min(near):g} to {max(near):g} it is at most a point behind")
 
 
 def published(results):

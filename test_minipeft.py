@@ -1414,6 +1414,26 @@ def test_the_targets_study_spends_equal_budgets(real):
     assert sizes == [73_728] * 4 + [82_944]
 
 
+def test_tuning_widens_the_grid_and_repeats_what_is_close(monkeypatch, tmp_path):
+    first = {0.00025: 0.70, 0.0005: 0.75, 0.001: 0.797, 0.002: 0.805, 0.004: 0.81, 0.008: None}  # None: it failed
+
+    def do_all(runs, hashes):
+        ends = [(run["settings"]["lr"], run["settings"]["seed"]) for run in runs]
+        return [{"failed": "diverged"} if first[rate] is None else
+                {"history": [{"dev_accuracy": 0.83 if seed and rate == 0.002 else first[rate], "dev_loss": 0.5}]}
+                for rate, seed in ends]
+
+    monkeypatch.setattr(compare, "context", lambda passed_on: ({}, None))
+    monkeypatch.setattr(compare, "do_all", do_all)
+    arguments = ["--tune", "--methods", "head", "--out", str(tmp_path)]
+    compare.tune(*compare.parse(arguments))
+    found = checkpoint.read_json(tmp_path / "tuning.json")["head"]
+    assert found["chosen"] == 0.002  # by one run it was 0.004
+    assert {row["lr"]: len(row["dev_accuracy"]) for row in found["tried"]} == {
+        0.00025: 1, 0.0005: 1, 0.001: 1, 0.002: 3, 0.004: 3, 0.008: 0}
+    assert (tmp_path / "tuning.png").is_file()
+
+
 def test_words_follow_the_interval_and_the_test():
     row = dict(name="LoRA - adapters", difference=1.0, low=0.1, high=1.9, p=0.01, sentences=900, smallest=1.2)
     assert compare.sentence(row).startswith("LoRA did better than adapters (+1.0 points")
