@@ -21,13 +21,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent
 METHODS = ("head", "adapter", "lora", "full")
-PAIRS = [("head", "full"), ("adapter", "full"), ("lora", "full"), ("lora", "adapter")]
+PAIRS = [("head", "full", None), ("adapter", "full", None), ("lora", "full", None), ("lora", "adapter", None)]
 QUICK = ["--limit", "640"]
 # --tune tries these learning rates, twice, four times, half and a quarter of them, and more if the best is at an end.
 MIDDLE = {"head": 1e-3, "adapter": 5e-4, "lora": 5e-4, "full": 5e-5}
 
-# The papers' claims. runs: (series, x, method, options), one point of the plot each; x None is a line across it.
-# pairs: which of them, as (series, x), are compared.
+# The papers' claims. runs: (series, x, method, options), one point of the plot each; x None is a line across it, and
+# with by_size the place is the number of trained parameters.
+# pairs: which of them, as (series, x), are compared, and what the claim says of the first: better, worse, no worse,
+# or None where it says nothing.
 ATTENTION = ["query", "key", "value", "attention.output"]
 RANKS, BOTTLENECKS, LAYERS = (1, 2, 4, 8, 16, 64), (4, 8, 16, 32, 64, 128), (1, 2, 3, 4, 6)
 SCALES, SHARES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0), (1, 5, 20, 100)
@@ -36,47 +38,53 @@ STUDIES = {
         "claim": "a very small rank is enough (Hu et al., table 6)",
         "x_label": "rank of the update", "log_x": True,
         "runs": [("lora", rank, "lora", ["--rank", rank, "--alpha", 2 * rank]) for rank in RANKS],
-        "pairs": [(("lora", 1), ("lora", 8)), (("lora", 8), ("lora", 64))]},
+        "pairs": [(("lora", 1), ("lora", 8), "no worse"), (("lora", 8), ("lora", 64), "no worse")]},
     "targets": {
-        "claim": "of equal budgets, one spent on several kinds of matrices does best (Hu et al., table 5)",
+        "claim": "of equal budgets, one spent on several kinds of matrices does better than one spent on the query "
+                 "alone (Hu et al., table 5)",
         "x_label": "the linear layers that get LoRA, and its rank",  # 73,728 parameters each, the last 82,944
         "runs": [("lora", label, "lora", ["--targets", *targets, "--rank", rank, "--alpha", 2 * rank])
                  for label, targets, rank in [
                      ("query, 16", ["query"], 16), ("value, 16", ["value"], 16),
                      ("query and value, 8", ["query", "value"], 8), ("attention, 4", ATTENTION, 4),
                      ("all, 2", [*ATTENTION[:3], "attention.output", "intermediate", "feed_forward.output"], 2)]],
-        "pairs": [(("lora", "query and value, 8"), ("lora", "query, 16")),
-                  (("lora", "attention, 4"), ("lora", "query and value, 8")),
-                  (("lora", "all, 2"), ("lora", "query and value, 8"))]},
+        "pairs": [(("lora", "query and value, 8"), ("lora", "query, 16"), "better"),
+                  (("lora", "attention, 4"), ("lora", "query, 16"), "better"),
+                  (("lora", "attention, 4"), ("lora", "query and value, 8"), None),
+                  (("lora", "all, 2"), ("lora", "query and value, 8"), None)]},
     "bottleneck": {
         "claim": "over two orders of magnitude of size, adapters stay within 0.4 points of full fine-tuning (Houlsby "
                  "et al., figures 3 and 4)",
         "x_label": "bottleneck of the adapters", "log_x": True,
         "runs": [("adapter", m, "adapter", ["--bottleneck", m]) for m in BOTTLENECKS] + [("full", None, "full", [])],
-        "pairs": [(("adapter", m), ("full", None)) for m in BOTTLENECKS]},
+        "pairs": [(("adapter", m), ("full", None), "no worse") for m in BOTTLENECKS]},
     "layers": {
-        "claim": "adapters in the top blocks beat training all of these blocks (Houlsby et al., figure 3)",
-        "x_label": "number of top blocks that are trained",
+        "claim": "adapters in all blocks beat training the top blocks, with fewer parameters (Houlsby et al., figure 3)",
+        "x_label": "trained parameters, head included (at each point: in how many of the top blocks)", "by_size": True,
         "runs": [(method, k, method, ["--top-layers", k] if k < 6 else []) for k in LAYERS
                  for method in ("adapter", "full")],
-        "pairs": [(("adapter", k), ("full", k)) for k in LAYERS]},
+        "pairs": [(("adapter", 6), ("full", 1), "better"), (("adapter", 6), ("full", 2), "better"),
+                  *((("adapter", k), ("full", k), None) for k in LAYERS)]},
     "init": {
         "claim": "adapters fail if their first weights are large (Houlsby et al., figure 6)",
         "x_label": "standard deviation of the adapters' first weights", "log_x": True,
         "runs": [("adapter", std, "adapter", ["--init-std", std]) for std in SCALES],
-        "pairs": [(("adapter", std), ("adapter", 1e-2)) for std in SCALES if std != 1e-2]},
+        "pairs": [(("adapter", std), ("adapter", 1e-2), "no worse" if std < 1e-2 else "worse")
+                  for std in SCALES if std != 1e-2]},
     "data": {
         "claim": "with few sentences, training few parameters does better than training all",
         "x_label": "share of the training set (%)", "log_x": True,
         "runs": [(method, share, method, []) for share in SHARES for method in METHODS],  # see study()
-        "pairs": [((method, share), ("full", share)) for share in SHARES for method in METHODS[:3]]},
+        "pairs": [((method, share), ("full", share), "better" if share <= 5 else None)
+                  for share in SHARES for method in METHODS[:3]]},
     "light": {
-        "claim": "biases alone come close to everything (Hu et al., table 2), and so does the last block",
-        "x_label": "what is trained, beside the head",
+        "claim": "training the biases alone is as good as training everything (Hu et al., table 2)",
+        "x_label": "trained parameters, head included", "by_size": True,
         "runs": [(name, name, method, options) for name, method, options in [
             ("head", "head", []), ("bitfit", "bitfit", []), ("last_block", "full", ["--top-layers", 1]),
             ("adapter", "adapter", []), ("lora", "lora", []), ("full", "full", [])]],
-        "pairs": [((name, name), (rival, rival)) for name in ("bitfit", "last_block") for rival in ("lora", "full")]},
+        "pairs": [(("bitfit", "bitfit"), ("full", "full"), "no worse"), (("bitfit", "bitfit"), ("lora", "lora"), None),
+                  *((("last_block", "last_block"), (rival, rival), None) for rival in ("full", "lora"))]},
 }
 
 
@@ -313,12 +321,15 @@ def name_of(label):
 
 
 def differences(done, pairs, same_sentences):
-    """Paired comparisons of test accuracy, in points: a list of dicts with name, difference, low, high, p (of Holm)."""
+    """Paired comparisons of test accuracy, in points: a list of dicts with name, difference, low, high, p (of Holm).
+
+    pairs: (one label, another, what a paper claims of the one or None), ...
+    """
     by_name, found = {}, []
     for run, record in done:
         if "failed" not in record:
             by_name.setdefault(run["label"], {})[record["settings"]["seed"]] = right(record)
-    for a, b in pairs:
+    for a, b, claimed in pairs:
         repeats = sorted(by_name.get(a, {}).keys() & by_name.get(b, {}).keys())
         if not repeats:
             continue
@@ -332,23 +343,41 @@ def differences(done, pairs, same_sentences):
         smallest = 100 * statistics.smallest_detectable(float(np.mean(np.abs(np.concatenate(gaps)))), sentences)
         found.append({"name": f"{name_of(a)} - {name_of(b)}", "difference": 100 * mean,
                       "low": 100 * low, "high": 100 * high, "p": p, "only_a": only_a, "only_b": only_b,
-                      "sentences": sentences,
+                      "sentences": sentences, "claimed": claimed,
                       "smallest": smallest if math.isfinite(smallest) else None})
     for row, p in zip(found, statistics.holm([row["p"] for row in found]) if found else []):
         row["p"] = float(p)
     return found
 
 
+def outcome(row):
+    """better, worse or not distinguished. Neither is called better unless both the interval and the test say so."""
+    if row["low"] <= 0 <= row["high"] or row["p"] > 0.05:
+        return "not distinguished"
+    return "better" if row["low"] > 0 else "worse"
+
+
 def sentence(row):
-    """A paired comparison in words. Neither is called better unless both the interval and the test say so."""
+    """A paired comparison in words."""
     a, b = row["name"].split(" - ")
     facts = (f"{row['difference']:+.1f} points, 95 % interval {row['low']:+.1f} to {row['high']:+.1f}, "
              f"p = {row['p']:.2g}, {row['sentences']:,} sentences")
-    if row["low"] <= 0 <= row["high"] or row["p"] > 0.05:
+    if outcome(row) == "not distinguished":
         found = (f"a true difference of {row['smallest']:.1f} points would have been found four times in five"
                  if row["smallest"] else "too few sentences to find any difference")
         return f"{a} and {b} are not distinguished ({facts}; {found})"
-    return f"{a} did {'better' if row['low'] > 0 else 'worse'} than {b} ({facts})"
+    return f"{a} did {outcome(row)} than {b} ({facts})"
+
+
+def verdict(pairs):
+    """Whether a claim held. That nothing speaks against it is not yet a proof, and is not called so."""
+    found = [(row["claimed"], outcome(row)) for row in pairs if row["claimed"]]
+    shown = sum(pair in (("better", "better"), ("worse", "worse"), ("no worse", "better")) for pair in found)
+    against = sum(pair in (("better", "worse"), ("worse", "better"), ("no worse", "worse")) for pair in found)
+    word = "it did not hold here" if against else "it held here" if shown == len(found) else (
+        "nothing here speaks against it, but not all of it could be shown")
+    return (f"{word}: of {len(found)} comparisons it speaks of, {shown} came out as claimed, {against} against it, "
+            f"{len(found) - shown - against} not distinguished")
 
 
 def references(content):
@@ -504,17 +533,23 @@ def study(options, passed_on):
     pairs = differences(done, plan["pairs"], same_sentences="--test" in passed_on)
     rows, points, across = summarise(done), {}, {}
     for row in rows:
-        (series, x), (mean, std) = row["method"], row["test_accuracy"]
-        row["method"] = name_of((series, x))
-        if mean is not None and x is None:
-            across[plots.look(series)[0]] = 100 * mean
-        elif mean is not None:
-            x = plots.look(x)[0] if isinstance(x, str) else x
-            points.setdefault(series, []).append((x, 100 * mean, std and 100 * std))
+        label, accuracy = row["method"], row["test_accuracy"][0]
+        row["method"] = name_of(label)
+        if accuracy is None:  # all its runs failed
+            continue
+        (series, x), size = label, row["technique_parameters"][0] + row["head_parameters"][0]
+        sentences = sum(len(right(record)) for run, record in done if run["label"] == label and "failed" not in record)
+        point = 100 * accuracy, 100 * math.sqrt(accuracy * (1 - accuracy) / sentences)
+        if x is None:
+            across[plots.look(series)[0]] = point[0]
+        else:
+            points.setdefault(series, []).append(
+                (size, *point, "" if x == series else str(x)) if plan.get("by_size") else (x, *point))
     print("", *markdown(rows, QUALITY), sep="\n")
-    content = {"claim": plan["claim"], "rows": rows, "differences": pairs, "verdict": [sentence(row) for row in pairs]}
+    content = {"claim": plan["claim"], "rows": rows, "differences": pairs, "verdict": verdict(pairs),
+               "details": [sentence(row) for row in pairs]}
     write_study(options.study, content, options.out, lambda path: plots.study(
-        plan["x_label"], points, path, "", plan.get("log_x", False), across, "test"))
+        plan["x_label"], points, path, "log_x" in plan or "by_size" in plan, across))
 
 
 def inside(options, passed_on):
@@ -544,10 +579,10 @@ def inside(options, passed_on):
     rows.sort(key=lambda row: row["layer"])
     ratio, first, every, chance = np.mean([(row["ratio"], row["agreement"][0], row["agreement"][-1],
                                             rank / row["width"]) for row in rows], axis=0)
-    verdict = (f"an update is {ratio:.1%} of its matrix in the mean; two seeds agree to {first:.2f} in the first "
-               f"direction and to {every:.2f} in all {rank}, where chance alone gives {chance:.3f}")
+    found = (f"an update is {ratio:.1%} of its matrix in the mean; two seeds agree to {first:.2f} in the first "
+             f"direction and to {every:.2f} in all {rank}, where chance alone gives {chance:.3f}")
     content = {"claim": "two seeds agree on the leading directions of an update, and on few others (Hu et al., section "
-                        "7)", "rows": rows, "verdict": [verdict]}
+                        "7)", "rows": rows, "verdict": found, "details": []}
     write_study("inside", content, options.out, plots.spectra, rows)
 
 
@@ -555,7 +590,7 @@ def write_study(name, content, out, draw, *numbers):
     checkpoint.write_json(out / f"study-{name}.json", content)
     with download.whole(out / f"study-{name}.png") as aside:
         draw(*numbers, aside)
-    print("", f"claim: {content['claim']}", *content["verdict"], "",
+    print("", f"claim: {content['claim']}", f"verdict: {content['verdict']}", *content["details"], "",
           f"written to {out}/: study-{name}.json, study-{name}.png", sep="\n")
 
 
@@ -603,8 +638,11 @@ def published(results):
     for name in (*STUDIES, "inside"):
         if (results / f"study-{name}.json").is_file():
             found = checkpoint.read_json(results / f"study-{name}.json")
-            lines += ["", f"`python compare.py --study {name} --out results`. The claim: {found['claim']}.", "",
-                      *(f"- {line}." for line in found["verdict"]), "", f"![{name}](results/study-{name}.png)"]
+            lines += ["", f"`python compare.py --study {name} --out results`. Claim: {found['claim']}. Verdict: "
+                      f"{found['verdict']}.", "", f"![{name}](results/study-{name}.png)"]
+            if found["details"]:
+                lines += ["", "<details><summary>Every comparison</summary>", "",
+                          *(f"- {line}." for line in found["details"]), "", "</details>"]
     return "\n".join(lines)
 
 

@@ -1399,7 +1399,7 @@ def test_every_run_of_every_study_can_be_made_and_is_shared_where_it_is_the_same
     assert records["rank"][0] == "lora-rank-1-alpha-2.0-fold0"
     for name, plan in compare.STUDIES.items():
         points = {(series, x) for series, x, *_ in plan["runs"]}
-        assert len(points) == len(plan["runs"]) and {point for pair in plan["pairs"] for point in pair} <= points
+        assert len(points) == len(plan["runs"]) and {point for pair in plan["pairs"] for point in pair[:2]} <= points
         if name != "data":
             assert len(set(records[name])) == len(records[name])
 
@@ -1440,6 +1440,26 @@ def test_words_follow_the_interval_and_the_test():
     assert compare.sentence(row | {"difference": -1.0, "low": -1.9, "high": -0.1}).startswith("LoRA did worse than")
     for other in ({"low": -0.1}, {"p": 0.06}):
         assert compare.sentence(row | other).startswith("LoRA and adapters are not distinguished")
+
+
+@pytest.mark.parametrize("claimed, low, high, begin", [
+    ("better", 0.1, 1.9, "it held here"), ("better", -1.9, -0.1, "it did not hold"), ("better", -1, 1, "nothing here"),
+    ("worse", -1.9, -0.1, "it held here"), ("worse", 0.1, 1.9, "it did not hold"), ("no worse", -1, 1, "nothing here"),
+    ("no worse", 0.1, 1.9, "it held here"), ("no worse", -1.9, -0.1, "it did not hold")])
+def test_verdict_on_a_claim(claimed, low, high, begin):
+    unclaimed = {"claimed": None, "low": -3, "high": -2, "p": 0}  # of which the claim says nothing
+    assert compare.verdict([{"claimed": claimed, "low": low, "high": high, "p": 0}, unclaimed]).startswith(begin)
+
+
+def test_every_study_runs_to_its_end(monkeypatch, tmp_path):
+    """Not the runs themselves (each is a train.py like any other): a run of fold 0 stands for all of them."""
+    record = checkpoint.read_json(ROOT / "results" / "runs" / "lora-fold0.json")
+    monkeypatch.setattr(compare, "do_all", lambda runs, hashes: [record] * len(runs))
+    for name, plan in compare.STUDIES.items():
+        compare.study(*compare.parse(["--study", name, "--out", str(tmp_path)]))
+        content = checkpoint.read_json(tmp_path / f"study-{name}.json")
+        assert len(content["rows"]) == len(plan["runs"]) and len(content["details"]) == len(plan["pairs"])
+        assert (tmp_path / f"study-{name}.png").is_file()
 
 
 def test_options_are_passed_on_to_those_who_have_them():
