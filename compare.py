@@ -481,7 +481,9 @@ def tune(options, passed_on):
     """Try learning rates for each technique, judged on dev alone, until the best is not at an end of those tried.
 
     Each is run once at first. Those at most a point of dev accuracy behind the best are then run on the other folds
-    too, since one run says no more than that, until all that are so close have been; the best mean is chosen.
+    too, until all that are so close have been. A point is about the standard error of an accuracy on a thousand
+    sentences, so that these still count as equals, and of them the lowest dev loss is chosen: it weighs every
+    probability, and says more than right and wrong.
     """
     hashes, _ = context(passed_on)
     found = {}
@@ -491,30 +493,29 @@ def tune(options, passed_on):
             runs = [make_run(rate, method, ["--lr", rate], repeat, passed_on, options.out) for rate, repeat in wanted]
             for run, record in zip(runs, do_all(runs, hashes)):
                 tried.setdefault(run["label"], []).append(record["history"][-1] if "failed" not in record else None)
-            scores = {rate: (np.mean([last["dev_accuracy"] for last in ends]),  # of equal accuracies, the lower loss
-                             -np.mean([last["dev_loss"] for last in ends]))
-                      for rate, ends in tried.items() if None not in ends}
+            scores, losses = ({rate: np.mean([last[key] for last in ends]) for rate, ends in tried.items()
+                               if None not in ends} for key in ("dev_accuracy", "dev_loss"))
             if not scores:
                 raise ValueError(f"{method}: every run from --lr {min(tried):g} to {max(tried):g} failed; see "
                                  f"{options.out}/runs")
             best = max(scores, key=scores.get)
+            close = [rate for rate in scores if scores[rate] >= scores[best] - 0.01]
             wanted = [(best / 2, 0)] * (best == min(tried)) + [(best * 2, 0)] * (best == max(tried)) or [
-                (rate, repeat) for rate, (accuracy, _) in scores.items() if accuracy >= scores[best][0] - 0.01
-                for repeat in range(len(tried[rate]), options.repeats)]
-        found[method] = {"chosen": best, "tried": [
+                (rate, repeat) for rate in close for repeat in range(len(tried[rate]), options.repeats)]
+        chosen = min(close, key=losses.get)
+        found[method] = {"chosen": chosen, "tried": [
             {"lr": rate, **{key: [last[key] for last in tried[rate] if last] for key in ("dev_accuracy", "dev_loss")}}
             for rate in sorted(tried)]}
         checkpoint.write_json(options.out / "tuning.json", found)
-        print(f"{method}: the best learning rate on dev is {best:g}")
-    series = {}
+        print(f"{method}: the learning rate chosen on dev is {chosen:g}")
+    accuracy, loss = {}, {}
     for method, result in found.items():
-        series[method] = []
-        for row in result["tried"]:
-            if row["dev_accuracy"]:
-                mean, std = statistics.mean_std(row["dev_accuracy"])
-                series[method].append((row["lr"], 100 * mean, None if math.isnan(std) else 100 * std))
+        for series, key, factor in ((accuracy, "dev_accuracy", 100), (loss, "dev_loss", 1)):
+            parts = [(row["lr"], *statistics.mean_std(row[key])) for row in result["tried"] if row[key]]
+            series[method] = [(rate, factor * mean, None if math.isnan(std) else factor * std)
+                              for rate, mean, std in parts]
     with download.whole(options.out / "tuning.png") as aside:
-        plots.sensitivity(series, aside)
+        plots.sensitivity(accuracy, loss, {method: result["chosen"] for method, result in found.items()}, aside)
     print(f"written to {options.out}/: tuning.json, tuning.png")
 
 
@@ -614,12 +615,13 @@ def human(options):
 
 def rates(found):
     """What became of one technique's search for a learning rate, in words."""
-    scores = {row["lr"]: np.mean(row["dev_accuracy"]) for row in found["tried"] if row["dev_accuracy"]}
-    near = [rate for rate in scores if scores[rate] >= scores[found["chosen"]] - 0.01]
-    runs = max(len(row["dev_accuracy"]) for row in found["tried"])
-    return (f"{found['chosen']:g}, the best of {len(found['tried'])} with {scores[found['chosen']]:.1%}"
-            + (f" in the mean of {runs} runs" if runs > 1 else "")
-            + f"; from {min(near):g} to {max(near):g} it is at most a point behind")
+    scores, losses = ({row["lr"]: np.mean(row[key]) for row in found["tried"] if row[key]}
+                      for key in ("dev_accuracy", "dev_loss"))
+    chosen, best = found["chosen"], max(scores, key=scores.get)
+    close = [rate for rate in scores if scores[rate] >= scores[best] - 0.01]
+    return (f"of {len(found['tried'])} rates the most accurate is {best:g} ({scores[best]:.1%}, loss {losses[best]:.3f}), "
+            f"those from {min(close):g} to {max(close):g} are at most a point behind, and of these {chosen:g} has the "
+            f"lowest loss ({scores[chosen]:.1%}, loss {losses[chosen]:.3f})")
 
 
 def published(results):

@@ -1415,12 +1415,13 @@ def test_the_targets_study_spends_equal_budgets(real):
 
 
 def test_tuning_widens_the_grid_and_repeats_what_is_close(monkeypatch, tmp_path):
-    first = {0.00025: 0.70, 0.0005: 0.75, 0.001: 0.797, 0.002: 0.805, 0.004: 0.81, 0.008: None}  # None: it failed
+    first = {0.00025: 0.70, 0.0005: 0.75, 0.001: 0.79, 0.002: 0.8, 0.004: 0.805, 0.008: None}  # None: it failed
+    loss = {0.00025: 0.3, 0.0005: 0.3, 0.001: 0.3, 0.002: 0.5, 0.004: 0.4}
 
     def do_all(runs, hashes):
         ends = [(run["settings"]["lr"], run["settings"]["seed"]) for run in runs]
         return [{"failed": "diverged"} if first[rate] is None else
-                {"history": [{"dev_accuracy": 0.83 if seed and rate == 0.002 else first[rate], "dev_loss": 0.5}]}
+                {"history": [{"dev_accuracy": 0.81 if seed and rate == 0.002 else first[rate], "dev_loss": loss[rate]}]}
                 for rate, seed in ends]
 
     monkeypatch.setattr(compare, "context", lambda passed_on: ({}, None))
@@ -1428,7 +1429,7 @@ def test_tuning_widens_the_grid_and_repeats_what_is_close(monkeypatch, tmp_path)
     arguments = ["--tune", "--methods", "head", "--out", str(tmp_path)]
     compare.tune(*compare.parse(arguments))
     found = checkpoint.read_json(tmp_path / "tuning.json")["head"]
-    assert found["chosen"] == 0.002  # by one run it was 0.004
+    assert found["chosen"] == 0.004  # 0.002 is ahead by less than a point, and has the higher loss
     assert {row["lr"]: len(row["dev_accuracy"]) for row in found["tried"]} == {
         0.00025: 1, 0.0005: 1, 0.001: 1, 0.002: 3, 0.004: 3, 0.008: 0}
     assert (tmp_path / "tuning.png").is_file()
@@ -1495,9 +1496,10 @@ def test_readme_says_what_the_result_files_say(tmp_path):
 def test_the_learning_rates_are_those_that_were_found():
     for method, found in json.loads((ROOT / "results" / "tuning.json").read_text()).items():
         assert train.DEFAULTS[method]["lr"] == found["chosen"]
-        best = max(found["tried"], key=lambda row: np.mean(row["dev_accuracy"]))["dev_accuracy"]
-        chosen, = (row["dev_accuracy"] for row in found["tried"] if row["lr"] == found["chosen"])
-        assert np.mean(chosen) == np.mean(best) and min(row["lr"] for row in found["tried"]) < found["chosen"]
+        best = max(np.mean(row["dev_accuracy"]) for row in found["tried"])
+        close = [row for row in found["tried"] if np.mean(row["dev_accuracy"]) >= best - 0.01]
+        assert min(close, key=lambda row: np.mean(row["dev_loss"]))["lr"] == found["chosen"]
+        assert min(row["lr"] for row in found["tried"]) < found["chosen"] < max(row["lr"] for row in found["tried"])
 
 
 def test_readme_says_what_the_benchmark_says():

@@ -13,14 +13,14 @@ from pathlib import Path
 # has. LoRA and adapters are of nearly the same size. The papers' full fine-tuning has dropout in the encoder; with
 # so few parameters the others do without, which is faster.
 DEFAULTS = {
-    "head": {"lr": 3.2e-2},
-    "adapter": {"lr": 4e-3, "targets": ["attention.output", "feed_forward.output"], "bottleneck": 32,
+    "head": {"lr": 8e-3},
+    "adapter": {"lr": 5e-4, "targets": ["attention.output", "feed_forward.output"], "bottleneck": 32,
                 "init_std": 1e-2, "norms": ["attention.norm", "feed_forward.norm"], "dropout": 0.0, "top_layers": None},
     "lora": {"lr": 2.5e-4, "targets": ["query", "key", "value", "attention.output", "intermediate",
                                      "feed_forward.output"],
              "rank": 8, "alpha": 16.0, "lora_dropout": 0.0, "rslora": False, "dropout": 0.0, "top_layers": None},
     "bitfit": {"lr": 1e-3, "dropout": 0.0, "top_layers": None},
-    "full": {"lr": 5e-5, "dropout": 0.1, "top_layers": None},
+    "full": {"lr": 2.5e-5, "dropout": 0.1, "top_layers": None},
 }
 READ_EVERY = 10      # steps between looks at the loss: on a GPU each look has to wait for it
 TRAIN_SAMPLE = 1000  # sentences of the training set that training loss and accuracy are measured on

@@ -140,9 +140,10 @@ def finish(axis, labels, ends, reference=None, left=0.02, right=0.2):
     place(axis, labels + notes, ends)
 
 
-def accuracies(axis, series, connect=True, dodge=0.0, ring=False):
+def accuracies(axis, series, connect=True, dodge=0.0, ring=None):
     """Points with error bars. series: {name: [(x, accuracy, spread or None, label if any), ...]}, x a number; dodge
-    moves series apart, ring marks the best. Returns two lists of labels for finish(): of points, and of series."""
+    moves series apart, ring ({name: x}) marks one point of each. Returns two lists of labels for finish(): of points,
+    and of series."""
     points, lines = [], []
     for index, (name, rows) in enumerate(series.items()):
         label, colour, marker = look(name, index)
@@ -152,7 +153,7 @@ def accuracies(axis, series, connect=True, dodge=0.0, ring=False):
         points += [([at], row[3], colour) for *at, row in zip(x, y, rows) if len(row) > 3 and row[3]]
         anchors = [at for at in zip(x, y) if np.isfinite(at[1])][::-1]
         if ring:
-            anchors.sort(key=lambda at: (-at[1], at[0]))
+            anchors.sort(key=lambda at: abs(at[0] - ring[name]))
             axis.plot(*anchors[0], "o", color=colour, markersize=15, markerfacecolor="none")
         lines.append((anchors, label, colour))
     return points, sorted(lines, key=lambda line: -line[0][0][1])
@@ -256,14 +257,24 @@ def study(x_label, series, path, log_x=False, reference=None):
         finish(axis, *labels, reference)
 
 
-def sensitivity(series, path):
-    """Dev accuracy against learning rate (log); a ring marks the best. series: {method: [(rate, accuracy, std or
-    None), ...]}."""
-    with drawing(path) as (_, [[axis]]):
-        axis.set(xscale="log", xlabel="learning rate (ring: the best on dev, which is used)",
-                 ylabel=f"dev {measured(series)}")
-        _, lines = accuracies(axis, series, ring=True)
-        finish(axis, lines, [], right=0.05)
+def sensitivity(accuracy, loss, chosen, path):
+    """Dev accuracy and loss against learning rate (log). accuracy, loss: {method: [(rate, value, std or None), ...]};
+    chosen: {method: rate}, which gets a ring. A method that fails at some rate leaves the scale at its bottom."""
+    with drawing(path, 1, 2, (10, 5)) as (figure, [[left, right]]):
+        for axis, series, label in ((left, accuracy, "dev accuracy (%)"), (right, loss, "dev loss (nats)")):
+            axis.set(xscale="log", xlabel="learning rate", ylabel=label)
+            _, lines = accuracies(axis, series, ring=chosen)
+            lost = []
+            if axis is left:
+                best = [max(row[1] for row in rows) for rows in series.values()]
+                lost = [([(row[0], min(best) - 5)], f"↓ {row[1]:.1f} %", look(name)[1])
+                        for name, rows in series.items() for row in rows if row[1] < min(best) - 5]
+                if lost:
+                    axis.set_ylim(min(best) - 5, max(best) + 1)
+            place(axis, lines + lost)
+        spread = any(row[2] for rows in accuracy.values() for row in rows)
+        figure.supxlabel("ring: chosen" + "; bars: standard deviation over runs, where there were several" * spread,
+                         size=11)
 
 
 def by_certainty(bins, scores, path):
