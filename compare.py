@@ -59,7 +59,8 @@ STUDIES = {
         "runs": [("adapter", m, "adapter", ["--bottleneck", m]) for m in BOTTLENECKS] + [("full", None, "full", [])],
         "pairs": [(("adapter", m), ("full", None), "no worse") for m in BOTTLENECKS]},
     "layers": {
-        "claim": "adapters in all blocks beat training the top blocks, with fewer parameters (Houlsby et al., figure 3)",
+        "claim": "adapters in all blocks beat training the top blocks, and with fewer parameters (Houlsby et al., "
+                 "figure 3)",
         "x_label": "trained parameters, head included (at each point: in how many of the top blocks)", "by_size": True,
         "runs": [(method, k, method, ["--top-layers", k] if k < 6 else []) for k in LAYERS
                  for method in ("adapter", "full")],
@@ -614,14 +615,18 @@ def human(options):
 # -- publishing -------------------------------------------------------------------------------------------
 
 def rates(found):
-    """What became of one technique's search for a learning rate, in words."""
-    scores, losses = ({row["lr"]: np.mean(row[key]) for row in found["tried"] if row[key]}
-                      for key in ("dev_accuracy", "dev_loss"))
-    chosen, best = found["chosen"], max(scores, key=scores.get)
-    close = [rate for rate in scores if scores[rate] >= scores[best] - 0.01]
-    return (f"of {len(found['tried'])} rates the most accurate is {best:g} ({scores[best]:.1%}, loss {losses[best]:.3f}), "
-            f"those from {min(close):g} to {max(close):g} are at most a point behind, and of these {chosen:g} has the "
-            f"lowest loss ({scores[chosen]:.1%}, loss {losses[chosen]:.3f})")
+    """What became of the search for learning rates, as lines of a table."""
+    lines = ["| | rates tried | the most accurate on dev | at most a point behind | of these, the lowest loss: chosen |",
+             "|---|---|---|---|---|"]
+    for method, result in found.items():
+        scores, losses = ({row["lr"]: np.mean(row[key]) for row in result["tried"] if row[key]}
+                          for key in ("dev_accuracy", "dev_loss"))
+        best = max(scores, key=scores.get)
+        close = [rate for rate in scores if scores[rate] >= scores[best] - 0.01]
+        best, chosen = (f"{rate:g} ({scores[rate]:.1%}, loss {losses[rate]:.3f})" for rate in (best, result["chosen"]))
+        lines.append(f"| {plots.look(method)[0]} | {len(result['tried'])} | {best} | {min(close):g} to {max(close):g} | "
+                     f"{chosen} |")
+    return lines
 
 
 def published(results):
@@ -634,9 +639,8 @@ def published(results):
              *markdown(content["rows"], COST), "", *(f"- {sentence(row)}." for row in content["differences"])]
     if (results / "tuning.json").is_file():
         lines += ["", "`python compare.py --tune --out results`: each technique's learning rate, chosen on dev.", "",
-                  *(f"- {plots.look(method)[0]}: {rates(found)}." for method, found in checkpoint.read_json(
-                      results / "tuning.json").items()),
-                  "", "![Dev accuracy of each technique against its learning rate](results/tuning.png)"]
+                  *rates(checkpoint.read_json(results / "tuning.json")), "",
+                  "![Dev accuracy and loss of each technique against its learning rate](results/tuning.png)"]
     for name in (*STUDIES, "inside"):
         if (results / f"study-{name}.json").is_file():
             found = checkpoint.read_json(results / f"study-{name}.json")

@@ -45,6 +45,7 @@ PEER_LORA = ["query", "key", "value", "attention.output.dense", "intermediate.de
 PEER_ADAPTERS = {"targets": ("output.dense",), "norms": ("output.LayerNorm",)}  # the ends of both sub-layers' names
 SPEED_UPS = ("batches of like length", "linear layers in bf16", "frozen weights kept in bf16",
              "LoRA's gradient by hand", "short attention by the book", "lengths in multiples of 8")
+LADDER = ("plain loop", *("+ " + name for name in SPEED_UPS))  # step n has the first n of them
 # One row each: runs, figure, and how many times better than the usual and the best side ours should be.
 TABLE = {"LoRA, seconds an epoch": ("epoch/lora", "scaled_seconds", 4, 2),
          "adapters, seconds an epoch": ("epoch/adapter", "scaled_seconds", 4, None),
@@ -435,7 +436,7 @@ def measure_all(results, needs, parts, pairs, rounds, quick, folder):
                 results.measure(f"inference/{side}/{number}", "infer", settings=lora, side=side)
     if "ablation" in parts:
         for number in range(rounds):
-            for have in range(len(SPEED_UPS) + 1):
+            for have in range(len(LADDER)):
                 results.measure(f"ablation/{have}/{number}", "ablate", scale=scale, without=SPEED_UPS[have:],
                                 settings=lora | {"epochs": 1})
     if "growth" in parts:
@@ -490,9 +491,9 @@ def summarise(results):
         aim(f"reading and tokenising {reads[0]['sentences']:,} sentences (s)", reads[0]["seconds"], most=5)
         aim(f"{reads[-1]['sentences']:,} sentences read, split and put into batches: peak memory (MB)",
             reads[-1]["peak_memory_mb"], most=24_000)
-    steps = [{"with": ["plain loop", *("+ " + name for name in SPEED_UPS)][have]} | {
+    steps = [{"with": label} | {
         figure: median(results.take(f"ablation/{have}", figure)) for figure in ("scaled_seconds", "peak_memory_mb")}
-        for have in range(len(SPEED_UPS) + 1) if results.take(f"ablation/{have}", "seconds")]
+        for have, label in enumerate(LADDER) if results.take(f"ablation/{have}", "seconds")]
     results.content["summary"] = {"table": rows, "aims": aims, "ablation": steps}
     results.save()
 
@@ -522,11 +523,10 @@ def tables(summary):
 
 def draw(results, folder):
     from minipeft import plots
-    labels = ["plain loop", *("+ " + name for name in SPEED_UPS)]
-    seconds = [results.take(f"ablation/{have}", "scaled_seconds") for have in range(len(labels))]
+    seconds = [results.take(f"ablation/{have}", "scaled_seconds") for have in range(len(LADDER))]
     if all(seconds):
         with whole(folder / "ablation.png") as aside:
-            plots.steps([(label, median(values), min(values), max(values)) for label, values in zip(labels, seconds)],
+            plots.steps([(label, median(values), min(values), max(values)) for label, values in zip(LADDER, seconds)],
                         aside, "seconds an epoch of LoRA; bars: median, whiskers: least and most", "s")
     if "growth/long" in results.runs:
         panels = []

@@ -159,12 +159,6 @@ def accuracies(axis, series, connect=True, dodge=0.0, ring=None):
     return points, sorted(lines, key=lambda line: -line[0][0][1])
 
 
-def measured(series):
-    """The unit, and what the error bars show, if there are any."""
-    spreads = [row[2] for rows in series.values() for row in rows]
-    return "accuracy (%)" + ", ± standard deviation over runs" * any(spreads)
-
-
 def bars(axis, names, values, texts, colours, spread=None):
     """Horizontal bars from top to bottom, each with its text at the end. spread: (below, above) each value."""
     axis.barh(range(len(values)), values, 0.6, xerr=spread, color=colours, ecolor="#777777")
@@ -229,7 +223,8 @@ def tradeoff(rows, reference, path):
         text = f"{row.get('label', look(row['method'])[0])}, {row['mean']:.1f} %"
         series.setdefault(row["method"], []).append((row["parameters"], row["mean"], row["std"], text))
     with drawing(path) as (_, [[axis]]):
-        axis.set(xscale="log", xlabel="trained parameters, head included", ylabel=f"test {measured(series)}")
+        spread = ", ± standard deviation over runs" * any(row["std"] for row in rows)
+        axis.set(xscale="log", xlabel="trained parameters, head included", ylabel="test accuracy (%)" + spread)
         points, _ = accuracies(axis, series, connect=False)
         decades(axis.xaxis, EngFormatter(sep=" "))
         finish(axis, points, [], reference, 0.08, 0.08)
