@@ -554,6 +554,13 @@ def study(options, passed_on):
         plan["x_label"], points, path, "log_x" in plan or "by_size" in plan, across))
 
 
+def svd_of_product(B, A):
+    """Singular values (rank,) and right singular vectors (rank, in) of B A, from the SVD of a (rank, rank) matrix."""
+    (_, left), (basis, right) = np.linalg.qr(B), np.linalg.qr(A.T)
+    _, values, vectors = np.linalg.svd(left @ right.T)
+    return values, vectors @ basis.T
+
+
 def inside(options, passed_on):
     """What LoRA's updates look like (Hu et al., section 7), from two runs of different seeds on fold 0.
 
@@ -571,14 +578,15 @@ def inside(options, passed_on):
     base, settings = load_bert(download.find_weights(runs[0]["settings"]["weights"])), runs[0]["settings"]
     rank, rows = settings["rank"], []
     for name in [name.removesuffix(".lora_A") for name in seeds[0] if name.endswith(".lora_A")]:
-        updates = [settings["alpha"] / rank * t[name + ".lora_B"] @ t[name + ".lora_A"] for t in seeds]
-        (_, values, one), (_, _, two) = (np.linalg.svd(update.numpy(), full_matrices=False) for update in updates)
+        (values, one), (_, two) = (svd_of_product(t[name + ".lora_B"].numpy(), t[name + ".lora_A"].numpy())
+                                   for t in seeds)
+        values = settings["alpha"] / rank * values
         _, _, layer, kind = name.split(".", 3)  # encoder.layers.0.attention.query
-        weight = base.get_submodule(name.removeprefix("encoder.")).weight
-        rows.append({"layer": int(layer) + 1, "kind": kind, "singular_values": values[:rank].tolist(),
-                     "ratio": float(updates[0].norm() / weight.norm()), "width": one.shape[1],
+        weight = base.get_submodule(name.removeprefix("encoder.")).weight.detach().numpy()
+        rows.append({"layer": int(layer) + 1, "kind": kind, "singular_values": values.tolist(),
+                     "ratio": float(np.linalg.norm(values) / np.linalg.norm(weight)), "width": one.shape[1],
                      "agreement": [float(np.square(one[:i] @ two[:i].T).sum() / i) for i in range(1, rank + 1)]})
-    rows.sort(key=lambda row: row["layer"])
+    rows.sort(key=lambda row: (row["layer"], [row["kind"].endswith(part) for part in settings["targets"]].index(True)))
     ratio, first, every, chance = np.mean([(row["ratio"], row["agreement"][0], row["agreement"][-1],
                                             rank / row["width"]) for row in rows], axis=0)
     found = (f"an update is {ratio:.1%} of its matrix in the mean; two seeds agree to {first:.2f} in the first "

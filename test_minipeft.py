@@ -1463,6 +1463,15 @@ def test_every_study_runs_to_its_end(monkeypatch, tmp_path):
         assert (tmp_path / f"study-{name}.png").is_file()
 
 
+def test_svd_of_a_product_of_thin_matrices():
+    rng = np.random.default_rng(0)
+    B, A = rng.standard_normal((12, 3)), rng.standard_normal((3, 9))
+    values, vectors = compare.svd_of_product(B, A)
+    _, all_values, all_vectors = np.linalg.svd(B @ A)
+    np.testing.assert_allclose(values, all_values[:3])
+    np.testing.assert_allclose(np.abs(vectors @ all_vectors[:3].T), np.eye(3), atol=1e-12)
+
+
 def test_options_are_passed_on_to_those_who_have_them():
     line = ["--rank", "4", "--targets", "query", "value", "--epochs", "1", "--rslora", "--lr", "1e-3"]
     assert compare.own_options("lora", line) == line

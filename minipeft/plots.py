@@ -353,27 +353,39 @@ def growth(panels, path):
 
 
 def spectra(rows, path):
-    """LoRA's update of each matrix, W - W0. rows: [{layer, kind, singular_values (largest first), ratio}, ...],
-    ratio = ||W - W0|| / ||W0|| (Frobenius). Left: mean over layers; right: every ratio, in per cent."""
+    """LoRA's update of each matrix, W - W0. rows: [{layer, kind, singular_values (largest first), agreement (of the
+    first 1, 2, ... directions of two seeds), width, ratio}, ...], ratio = ||W - W0|| / ||W0|| (Frobenius). Above: means
+    over layers; below: every ratio, in per cent."""
     layers, kinds = (list(dict.fromkeys(row[key] for row in rows)) for key in ("layer", "kind"))
-    with drawing(path, 1, 2, (10, 4.6), width_ratios=(2, 3)) as (_, [[left, right]]):
+    with drawing(path, 2, 2, (10, 8.5), height_ratios=(4, 5)) as (figure, axes):
+        (left, right), grid = axes[0], axes[1, 0].get_gridspec()
+        for axis in axes[1]:
+            axis.remove()
+        below = figure.add_subplot(grid[1, :])
         for index, kind in enumerate(kinds):
-            values = np.mean([np.divide(row["singular_values"], row["singular_values"][0])
-                              for row in rows if row["kind"] == kind], 0)
-            left.plot(range(1, len(values) + 1), values, color=plt.get_cmap("plasma")(index / (len(kinds) + 0.5)),
-                      marker="oD^svPX"[index % 7], markersize=5, label=kind)
-        left.legend(fontsize=10)
-        left.set(title="singular values, mean over layers", xlabel="number, largest first",
+            colour, marker = plt.get_cmap("plasma")(index / (len(kinds) + 0.5)), "oD^svPX"[index % 7]
+            for axis, values in ((left, [np.divide(row["singular_values"], row["singular_values"][0]) for row in rows
+                                         if row["kind"] == kind]),
+                                 (right, [row["agreement"] for row in rows if row["kind"] == kind])):
+                mean = np.mean(values, 0)
+                axis.plot(range(1, len(mean) + 1), mean, color=colour, marker=marker, markersize=5, label=kind)
+        count = np.arange(1, len(rows[0]["agreement"]) + 1)
+        right.plot(count, count * np.mean([1 / row["width"] for row in rows]), ":", color=INK, label="by chance")
+        left.set(title="singular values of the update", xlabel="number, largest first",
                  ylabel="size, relative to the largest", ylim=(0, 1.05))
-        left.xaxis.get_major_locator().set_params(integer=True)
+        right.set(title="agreement of two seeds", xlabel="leading directions", ylabel="overlap (1: the same space)",
+                  ylim=(0, None))
+        right.legend(fontsize=9)
+        for axis in (left, right):
+            axis.xaxis.get_major_locator().set_params(integer=True)
         table = np.full((len(layers), len(kinds)), np.nan)
         for row in rows:
             table[layers.index(row["layer"]), kinds.index(row["kind"])] = 100 * row["ratio"]
-        right.imshow(table, cmap="Blues", vmin=0, aspect="auto")
+        below.imshow(table, cmap="Blues", vmin=0, aspect="auto")
         for (y, x), value in np.ndenumerate(table):
-            right.text(x, y, "" if np.isnan(value) else amount(value), ha="center", va="center",
+            below.text(x, y, "" if np.isnan(value) else amount(value), ha="center", va="center",
                        color="white" if value > 0.6 * np.nanmax(table) else "black")
-        right.set(title="size of the update, % of the matrix it updates", ylabel="layer", yticks=range(len(layers)),
+        below.set(title="size of the update, % of the matrix it updates", ylabel="layer", yticks=range(len(layers)),
                   yticklabels=layers)
-        right.set_xticks(range(len(kinds)), [kind.replace(".", "\n") for kind in kinds], rotation=30)
-        right.grid(visible=False)
+        below.set_xticks(range(len(kinds)), [kind.replace(".", "\n") for kind in kinds])
+        below.grid(visible=False)
