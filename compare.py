@@ -36,7 +36,7 @@ SCALES, SHARES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0), (1, 5, 20, 100)
 STUDIES = {
     "rank": {
         "claim": "a very small rank is enough (Hu et al., table 6)",
-        "x_label": "rank of the update", "log_x": True,
+        "x_label": "rank of the update",
         "runs": [("lora", rank, "lora", ["--rank", rank, "--alpha", 2 * rank]) for rank in RANKS],
         "pairs": [(("lora", 1), ("lora", 8), "no worse"), (("lora", 8), ("lora", 64), "no worse")]},
     "targets": {
@@ -55,7 +55,7 @@ STUDIES = {
     "bottleneck": {
         "claim": "over two orders of magnitude of size, adapters stay within 0.4 points of full fine-tuning (Houlsby "
                  "et al., figures 3 and 4)",
-        "x_label": "bottleneck of the adapters", "log_x": True,
+        "x_label": "bottleneck of the adapters",
         "runs": [("adapter", m, "adapter", ["--bottleneck", m]) for m in BOTTLENECKS] + [("full", None, "full", [])],
         "pairs": [(("adapter", m), ("full", None), "no worse") for m in BOTTLENECKS]},
     "layers": {
@@ -68,13 +68,13 @@ STUDIES = {
                   *((("adapter", k), ("full", k), None) for k in LAYERS)]},
     "init": {
         "claim": "adapters fail if their first weights are large (Houlsby et al., figure 6)",
-        "x_label": "standard deviation of the adapters' first weights", "log_x": True,
+        "x_label": "standard deviation of the adapters' first weights",
         "runs": [("adapter", std, "adapter", ["--init-std", std]) for std in SCALES],
         "pairs": [(("adapter", std), ("adapter", 1e-2), "no worse" if std < 1e-2 else "worse")
                   for std in SCALES if std != 1e-2]},
     "data": {
         "claim": "with few sentences, training few parameters does better than training all",
-        "x_label": "share of the training set (%)", "log_x": True,
+        "x_label": "share of the training set (%)",
         "runs": [(method, share, method, []) for share in SHARES for method in METHODS],  # see study()
         "pairs": [((method, share), ("full", share), "better" if share <= 5 else None)
                   for share in SHARES for method in METHODS[:3]]},
@@ -370,15 +370,16 @@ def sentence(row):
     return f"{a} did {outcome(row)} than {b} ({facts})"
 
 
-def verdict(pairs):
-    """Whether a claim held. That nothing speaks against it is not yet a proof, and is not called so."""
+def verdict(pairs, claims):
+    """Whether a claim, of so many comparisons, held. That nothing speaks against it is no proof, and not called one."""
     found = [(row["claimed"], outcome(row)) for row in pairs if row["claimed"]]
     shown = sum(pair in (("better", "better"), ("worse", "worse"), ("no worse", "better")) for pair in found)
     against = sum(pair in (("better", "worse"), ("worse", "better"), ("no worse", "worse")) for pair in found)
-    word = "it did not hold here" if against else "it held here" if shown == len(found) else (
+    word = "it did not hold here" if against else "it held here" if shown == claims else (
         "nothing here speaks against it, but not all of it could be shown")
-    return (f"{word}: of {len(found)} comparisons it speaks of, {shown} came out as claimed, {against} against it, "
-            f"{len(found) - shown - against} not distinguished")
+    failed = f", {claims - len(found)} could not be made, as a run failed" * (len(found) < claims)
+    return (f"{word}: of {claims} comparisons it speaks of, {shown} came out as claimed, {against} against it, "
+            f"{len(found) - shown - against} not distinguished{failed}")
 
 
 def references(content):
@@ -478,6 +479,12 @@ def compare(options, passed_on):
 
 # -- tuning -----------------------------------------------------------------------------------------------
 
+def leaders(scores):
+    """(the rate with the best dev accuracy, all rates at most a point behind it); scores: {rate: accuracy}"""
+    best = max(scores, key=scores.get)
+    return best, [rate for rate in scores if scores[rate] >= scores[best] - 0.01]
+
+
 def tune(options, passed_on):
     """Try learning rates for each technique, judged on dev alone, until the best is not at an end of those tried.
 
@@ -499,8 +506,7 @@ def tune(options, passed_on):
             if not scores:
                 raise ValueError(f"{method}: every run from --lr {min(tried):g} to {max(tried):g} failed; see "
                                  f"{options.out}/runs")
-            best = max(scores, key=scores.get)
-            close = [rate for rate in scores if scores[rate] >= scores[best] - 0.01]
+            best, close = leaders(scores)
             wanted = [(best / 2, 0)] * (best == min(tried)) + [(best * 2, 0)] * (best == max(tried)) or [
                 (rate, repeat) for rate in close for repeat in range(len(tried[rate]), options.repeats)]
         chosen = min(close, key=losses.get)
@@ -548,10 +554,11 @@ def study(options, passed_on):
             points.setdefault(series, []).append(
                 (size, *point, "" if x == series else str(x)) if plan.get("by_size") else (x, *point))
     print("", *markdown(rows, QUALITY), sep="\n")
-    content = {"claim": plan["claim"], "rows": rows, "differences": pairs, "verdict": verdict(pairs),
+    claims = sum(claimed is not None for *_, claimed in plan["pairs"])
+    content = {"claim": plan["claim"], "rows": rows, "differences": pairs, "verdict": verdict(pairs, claims),
                "details": [sentence(row) for row in pairs]}
     write_study(options.study, content, options.out, lambda path: plots.study(
-        plan["x_label"], points, path, "log_x" in plan or "by_size" in plan, across))
+        plan["x_label"], points, path, across))
 
 
 def svd_of_product(B, A):
@@ -629,8 +636,7 @@ def rates(found):
     for method, result in found.items():
         scores, losses = ({row["lr"]: np.mean(row[key]) for row in result["tried"] if row[key]}
                           for key in ("dev_accuracy", "dev_loss"))
-        best = max(scores, key=scores.get)
-        close = [rate for rate in scores if scores[rate] >= scores[best] - 0.01]
+        best, close = leaders(scores)
         best, chosen = (f"{rate:g} ({scores[rate]:.1%}, loss {losses[rate]:.3f})" for rate in (best, result["chosen"]))
         lines.append(f"| {plots.look(method)[0]} | {len(result['tried'])} | {best} | {min(close):g} to {max(close):g} | "
                      f"{chosen} |")

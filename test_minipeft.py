@@ -1449,7 +1449,12 @@ def test_words_follow_the_interval_and_the_test():
     ("no worse", 0.1, 1.9, "it held here"), ("no worse", -1.9, -0.1, "it did not hold")])
 def test_verdict_on_a_claim(claimed, low, high, begin):
     unclaimed = {"claimed": None, "low": -3, "high": -2, "p": 0}  # of which the claim says nothing
-    assert compare.verdict([{"claimed": claimed, "low": low, "high": high, "p": 0}, unclaimed]).startswith(begin)
+    assert compare.verdict([{"claimed": claimed, "low": low, "high": high, "p": 0}, unclaimed], claims=1).startswith(begin)
+
+
+def test_a_claim_whose_runs_failed_has_not_held():
+    found = compare.verdict([], claims=2)
+    assert found.startswith("nothing here speaks against it") and "2 could not be made" in found
 
 
 def test_every_study_runs_to_its_end(monkeypatch, tmp_path):

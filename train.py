@@ -17,7 +17,7 @@ DEFAULTS = {
     "adapter": {"lr": 5e-4, "targets": ["attention.output", "feed_forward.output"], "bottleneck": 32,
                 "init_std": 1e-2, "norms": ["attention.norm", "feed_forward.norm"], "dropout": 0.0, "top_layers": None},
     "lora": {"lr": 2.5e-4, "targets": ["query", "key", "value", "attention.output", "intermediate",
-                                     "feed_forward.output"],
+                                       "feed_forward.output"],
              "rank": 8, "alpha": 16.0, "lora_dropout": 0.0, "rslora": False, "dropout": 0.0, "top_layers": None},
     "bitfit": {"lr": 1e-3, "dropout": 0.0, "top_layers": None},
     "full": {"lr": 2.5e-5, "dropout": 0.1, "top_layers": None},

@@ -230,25 +230,23 @@ def tradeoff(rows, reference, path):
         finish(axis, points, [], reference, 0.08, 0.08)
 
 
-def study(x_label, series, path, log_x=False, reference=None):
+def study(x_label, series, path, reference=None):
     """Test accuracy against one setting. series: {method or label: [(x, accuracy, standard error, point label if any),
-    ...]}, x all numbers or all strings; reference: {label: accuracy}."""
+    ...]}, x all numbers (log axis) or all strings; reference: {label: accuracy}."""
     xs = list(dict.fromkeys(row[0] for rows in series.values() for row in rows))
     named = isinstance(xs[0], str)
     with drawing(path) as (_, [[axis]]):
         axis.set(xlabel=x_label, ylabel="test accuracy (%), ± standard error")
-        axis.set_xscale("log" if log_x else "linear")
+        axis.set_xscale("linear" if named else "log")
         if named:
             series = {name: [(xs.index(x), *rest) for x, *rest in rows] for name, rows in series.items()}
         labels = accuracies(axis, series, connect=not named, dodge=0.12 * named)
         if named:
             axis.set_xticks(range(len(xs)), [fill(x, max(10, 90 // len(xs)), break_long_words=False) for x in xs])
-        elif log_x:
+        else:
             decades(axis.xaxis, EngFormatter(sep=" "))
             if all(b > 1.5 * a for a, b in zip(sorted(xs), sorted(xs)[1:])):  # far enough apart to name each
                 axis.set_xticks(xs, [f"{x:,g}" for x in xs])
-        else:
-            axis.xaxis.get_major_locator().set_params(integer=all(x == int(x) for x in xs))
         finish(axis, *labels, reference)
 
 
