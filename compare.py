@@ -24,7 +24,7 @@ METHODS = ("head", "adapter", "lora", "full")
 PAIRS = [("head", "full", None), ("adapter", "full", None), ("lora", "full", None), ("lora", "adapter", None)]
 QUICK = ["--limit", "640"]
 # --tune tries these learning rates, twice, four times, half and a quarter of them, and more if the best is at an end.
-MIDDLE = {"head": 1e-3, "adapter": 5e-4, "lora": 5e-4, "full": 5e-5}
+MIDDLE = {"head": 1e-3, "adapter": 5e-4, "lora": 5e-4, "full": 5e-5, "bitfit": 1e-3}
 
 # The papers' claims. runs: (series, x, method, options), one point of the plot each; x None is a line across it, and
 # with by_size the place is the number of trained parameters.
@@ -93,8 +93,8 @@ def parse(arguments):
     """(options of this command line, options to pass on to train.py)"""
     parser = argparse.ArgumentParser(prog="compare.py", allow_abbrev=False, description="Compare head tuning, "
                                      "adapters, LoRA and full fine-tuning. Options of train.py are passed on to it.")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", default=METHODS,
-                        help=f"what to compare ({' '.join(METHODS)})")
+    parser.add_argument("--methods", nargs="+", choices=MIDDLE, metavar="NAME",
+                        help=f"what to compare ({' '.join(METHODS)}; with --tune bitfit too)")
     parser.add_argument("--folds", metavar="N", type=int, choices=range(1, 11), help="how many of the ten folds to "
                         "test on, each with a seed of its own (3; 1 with --quick and --study)")
     parser.add_argument("--seeds", metavar="N", type=int, help="the same with --test FILE: how many seeds (3 or 1)")
@@ -113,6 +113,7 @@ def parse(arguments):
         parser.error("--seeds N, at least 1, goes with --test FILE; without it --folds N repeats the comparison")
     if options.folds and "--test" in passed_on:
         parser.error("--folds takes test sentences from the data, but --test names a file: use --seeds")
+    options.methods = options.methods or (MIDDLE if options.tune else METHODS)
     options.repeats = options.folds or options.seeds or (1 if options.quick or options.study else 3)
     if options.out is None:
         options.out = Path("runs/quick" if options.quick else "runs/comparison")
@@ -462,7 +463,7 @@ def compare(options, passed_on):
     hashes, corpus = context(passed_on)
     own_test, default_data = "--test" in passed_on, "--data" not in passed_on
     print(f"{len(corpus):,} sentences, labelled {', '.join(corpus.classes)[:200]}", *corpus.notes, sep="\n")
-    plan = [("untrained", "head", ["--epochs", 0]), *((name, name, []) for name in METHODS if name in options.methods)]
+    plan = [("untrained", "head", ["--epochs", 0]), *((name, name, []) for name in MIDDLE if name in options.methods)]
     runs = [make_run(name, method, extra, repeat, passed_on, options.out)
             for repeat in range(options.repeats) for name, method, extra in plan]
 
@@ -658,8 +659,10 @@ def published(results):
     for name in (*STUDIES, "inside"):
         if (results / f"study-{name}.json").is_file():
             found = checkpoint.read_json(results / f"study-{name}.json")
-            lines += ["", f"`python compare.py --study {name} --out results`. Claim: {found['claim']}. Verdict: "
-                      f"{found['verdict']}.", "", f"![{name}](results/study-{name}.png)"]
+            folds = max((row["runs"] for row in found["rows"] if "runs" in row), default=1)
+            lines += ["", f"`python compare.py --study {name}{f' --folds {folds}' * (folds > 1)} --out results`. "
+                      f"Claim: {found['claim']}. Verdict: {found['verdict']}.", "",
+                      f"![{name}](results/study-{name}.png)"]
             if found["details"]:
                 lines += ["", "<details><summary>Every comparison</summary>", "",
                           *(f"- {line}." for line in found["details"]), "", "</details>"]

@@ -1507,6 +1507,17 @@ def test_readme_says_what_the_result_files_say(tmp_path):
         assert compare.right(record).mean() == pytest.approx(run["metrics"]["test_accuracy"])
 
 
+@pytest.mark.parametrize("name", [name for name in compare.STUDIES if (ROOT / "results" / f"study-{name}.json").is_file()])
+def test_studies_say_what_their_runs_say(name, monkeypatch, tmp_path):
+    published = checkpoint.read_json(ROOT / "results" / f"study-{name}.json")
+    folds = max(row["runs"] + row["failed"] for row in published["rows"])
+    shutil.copytree(ROOT / "results" / "runs", tmp_path / "runs")
+    monkeypatch.setattr(compare, "do_run", lambda run, hashes: pytest.fail(f"{run['record'].name} is not in results/"))
+    compare.study(*compare.parse(["--study", name, "--folds", str(folds), "--out", str(tmp_path)]))
+    again = checkpoint.read_json(tmp_path / f"study-{name}.json")
+    assert all(again[key] == published[key] for key in ("claim", "verdict", "details"))
+
+
 def test_the_learning_rates_are_those_that_were_found():
     for method, found in json.loads((ROOT / "results" / "tuning.json").read_text()).items():
         assert train.DEFAULTS[method]["lr"] == found["chosen"]
