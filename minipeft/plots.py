@@ -81,6 +81,7 @@ def place(axis, labels, ends=()):
         x, y = pixels([anchors[0] for anchors, *_ in ends]).T / point
         rise, behind = (apart(y, 15) - y) / 14, x.max() - x
         stack = [[(1, 6 + 14 * (abs(up) > 0.2) + back * (back < 50), up, 0)] for up, back in zip(rise, behind)]
+    owners = pixels([anchors[0] for anchors, *_ in [*ends, *labels]])
     for index, (anchors, text, colour) in enumerate([*ends, *labels]):
         note = axis.annotate(text, anchors[0], (0, 0), textcoords="offset points", ha="center", va="center",
                              color=[0.7 * part for part in to_rgb(colour)], zorder=5,
@@ -95,6 +96,9 @@ def place(axis, labels, ends=()):
                 far = abs(anchor + shift - (frame.min + frame.max) / 2) + half
                 cost = 10 * rank + dislike + 1e4 * (far > (frame.max - frame.min) / 2).any()
                 cost += (abs(ink - anchor - shift) < half).all(1).sum()
+                own, *others = np.linalg.norm(np.clip(  # from the text to its own point, and to those of others
+                    abs(np.vstack([anchor, np.delete(owners, index, 0)]) - anchor - shift) - half, 0, None), axis=1)
+                cost += 15 * (min(others, default=np.inf) < own - 1)
                 leader = np.linspace(anchor, anchor + shift, 20)
                 for centre, size in taken:
                     cost += 1e3 * (abs(anchor + shift - centre) < half + size).all()
