@@ -563,18 +563,19 @@ def study(options, passed_on):
 
 
 def svd_of_product(B, A):
-    """Singular values (rank,) and right singular vectors (rank, in) of B A, from the SVD of a (rank, rank) matrix."""
-    (_, left), (basis, right) = np.linalg.qr(B), np.linalg.qr(A.T)
-    _, values, vectors = np.linalg.svd(left @ right.T)
-    return values, vectors @ basis.T
+    """The SVD of B A, (rank, out), (rank,) and (rank, in), from that of a (rank, rank) matrix. Vectors are rows."""
+    (outer, left), (inner, right) = np.linalg.qr(B), np.linalg.qr(A.T)
+    U, values, Vt = np.linalg.svd(left @ right.T)
+    return (outer @ U).T, values, Vt @ inner.T
 
 
 def inside(options, passed_on):
     """What LoRA's updates look like (Hu et al., section 7), from two runs of different seeds on fold 0.
 
     The size ||BA|| / ||W0|| of each update, its singular values, and how far the leading directions of the two
-    seeds agree: phi(i) = ||U^T V||^2 / i over the first i right singular vectors of each (equation 4), which is 1
-    for the same space and about i / width by chance.
+    seeds agree: phi(i) = ||U^T V||^2 / i over the first i singular vectors of each (equation 4), which is 1 for the
+    same space and about i / width by chance. The paper looks at the right singular vectors, the directions of x that
+    an update reads, where A starts at random; the left ones are those it writes, where B starts at zero.
     """
     hashes, _ = context(passed_on)
     runs = [make_run("lora", "lora", [], 0, passed_on, options.out),
@@ -586,21 +587,25 @@ def inside(options, passed_on):
     base, settings = load_bert(download.find_weights(runs[0]["settings"]["weights"])), runs[0]["settings"]
     rank, rows = settings["rank"], []
     for name in [name.removesuffix(".lora_A") for name in seeds[0] if name.endswith(".lora_A")]:
-        (values, one), (_, two) = (svd_of_product(t[name + ".lora_B"].numpy(), t[name + ".lora_A"].numpy())
-                                   for t in seeds)
+        (writes, values, reads), (other_writes, _, other_reads) = (
+            svd_of_product(t[name + ".lora_B"].numpy(), t[name + ".lora_A"].numpy()) for t in seeds)
         values = settings["alpha"] / rank * values
         _, _, layer, kind = name.split(".", 3)  # encoder.layers.0.attention.query
         weight = base.get_submodule(name.removeprefix("encoder.")).weight.detach().numpy()
         rows.append({"layer": int(layer) + 1, "kind": kind, "singular_values": values.tolist(),
-                     "ratio": float(np.linalg.norm(values) / np.linalg.norm(weight)), "width": one.shape[1],
-                     "agreement": [float(np.square(one[:i] @ two[:i].T).sum() / i) for i in range(1, rank + 1)]})
+                     "ratio": float(np.linalg.norm(values) / np.linalg.norm(weight)),
+                     **{side: {"width": one.shape[1], "agreement": [
+                         float(np.square(one[:i] @ two[:i].T).sum() / i) for i in range(1, rank + 1)]}
+                        for side, one, two in (("reads", reads, other_reads), ("writes", writes, other_writes))}})
     rows.sort(key=lambda row: (row["layer"], [row["kind"].endswith(part) for part in settings["targets"]].index(True)))
-    ratio, first, every, chance = np.mean([(row["ratio"], row["agreement"][0], row["agreement"][-1],
-                                            rank / row["width"]) for row in rows], axis=0)
-    found = (f"an update is {ratio:.1%} of its matrix in the mean; two seeds agree to {first:.2f} in the first "
-             f"direction and to {every:.2f} in all {rank}, where chance alone gives {chance:.3f}")
+    found = [f"an update is {np.mean([row['ratio'] for row in rows]):.1%} of its matrix in the mean"]
+    for side in ("reads", "writes"):
+        first, every, chance = np.mean([(row[side]["agreement"][0], row[side]["agreement"][-1],
+                                         rank / row[side]["width"]) for row in rows], axis=0)
+        found.append(f"two seeds agree to {first:.2f} in the first direction that an update {side} and to {every:.2f} "
+                     f"in all {rank} (by chance {chance / rank:.3f} and {chance:.3f})")
     content = {"claim": "two seeds agree on the leading directions of an update, and on few others (Hu et al., section "
-                        "7)", "rows": rows, "verdict": found, "details": []}
+                        "7)", "rows": rows, "verdict": "; ".join(found), "details": []}
     write_study("inside", content, options.out, plots.spectra, rows)
 
 

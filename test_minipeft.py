@@ -1471,10 +1471,11 @@ def test_every_study_runs_to_its_end(monkeypatch, tmp_path):
 def test_svd_of_a_product_of_thin_matrices():
     rng = np.random.default_rng(0)
     B, A = rng.standard_normal((12, 3)), rng.standard_normal((3, 9))
-    values, vectors = compare.svd_of_product(B, A)
-    _, all_values, all_vectors = np.linalg.svd(B @ A)
-    np.testing.assert_allclose(values, all_values[:3])
-    np.testing.assert_allclose(np.abs(vectors @ all_vectors[:3].T), np.eye(3), atol=1e-12)
+    left, values, right = compare.svd_of_product(B, A)
+    np.testing.assert_allclose(left.T * values @ right, B @ A, atol=1e-12)
+    np.testing.assert_allclose(values, np.linalg.svd(B @ A)[1][:3])
+    for vectors in (left, right):
+        np.testing.assert_allclose(vectors @ vectors.T, np.eye(3), atol=1e-12)
 
 
 def test_options_are_passed_on_to_those_who_have_them():

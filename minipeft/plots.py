@@ -355,31 +355,30 @@ def growth(panels, path):
 
 
 def spectra(rows, path):
-    """LoRA's update of each matrix, W - W0. rows: [{layer, kind, singular_values (largest first), agreement (of the
-    first 1, 2, ... directions of two seeds), width, ratio}, ...], ratio = ||W - W0|| / ||W0|| (Frobenius). Above: means
-    over layers; below: every ratio, in per cent."""
+    """LoRA's update of each matrix, W - W0. rows: [{layer, kind, singular_values (largest first), reads, writes (each
+    {width, agreement of the first 1, 2, ... directions of two seeds}), ratio}, ...], ratio = ||W - W0|| / ||W0||
+    (Frobenius). Above: means over layers; below: every ratio, in per cent."""
     layers, kinds = (list(dict.fromkeys(row[key] for row in rows)) for key in ("layer", "kind"))
-    with drawing(path, 2, 2, (10, 8.5), height_ratios=(4, 5)) as (figure, axes):
-        (left, right), grid = axes[0], axes[1, 0].get_gridspec()
+    with drawing(path, 2, 3, (11, 8), height_ratios=(4, 5)) as (figure, axes):
+        above, grid = axes[0], axes[1, 0].get_gridspec()
         for axis in axes[1]:
             axis.remove()
         below = figure.add_subplot(grid[1, :])
-        for index, kind in enumerate(kinds):
-            colour, marker = plt.get_cmap("plasma")(index / (len(kinds) + 0.5)), "oD^svPX"[index % 7]
-            for axis, values in ((left, [np.divide(row["singular_values"], row["singular_values"][0]) for row in rows
-                                         if row["kind"] == kind]),
-                                 (right, [row["agreement"] for row in rows if row["kind"] == kind])):
-                mean = np.mean(values, 0)
+        panels = [("singular values", "number, largest first", "size, relative to the largest",
+                   lambda row: np.divide(row["singular_values"], row["singular_values"][0]))]
+        panels += [(f"agreement: what it {side}", "leading directions", "overlap (1: the same space)",
+                    lambda row, side=side: row[side]["agreement"]) for side in ("reads", "writes")]
+        for axis, (title, x_label, y_label, values) in zip(above, panels):
+            for index, kind in enumerate(kinds):
+                mean = np.mean([values(row) for row in rows if row["kind"] == kind], 0)
+                colour, marker = plt.get_cmap("plasma")(index / (len(kinds) + 0.5)), "oD^svPX"[index % 7]
                 axis.plot(range(1, len(mean) + 1), mean, color=colour, marker=marker, markersize=5, label=kind)
-        count = np.arange(1, len(rows[0]["agreement"]) + 1)
-        right.plot(count, count * np.mean([1 / row["width"] for row in rows]), ":", color=INK, label="by chance")
-        left.set(title="singular values of the update", xlabel="number, largest first",
-                 ylabel="size, relative to the largest", ylim=(0, 1.05))
-        right.set(title="agreement of two seeds", xlabel="leading directions", ylabel="overlap (1: the same space)",
-                  ylim=(0, None))
-        right.legend(fontsize=9)
-        for axis in (left, right):
+            axis.set(title=title, xlabel=x_label, ylabel=y_label, ylim=(0, 1.05))
             axis.xaxis.get_major_locator().set_params(integer=True)
+        count = np.arange(1, len(mean) + 1)
+        for axis, side in zip(above[1:], ("reads", "writes")):
+            axis.plot(count, count * np.mean([1 / row[side]["width"] for row in rows]), ":", color=INK, label="by chance")
+        above[1].legend(fontsize=9)
         table = np.full((len(layers), len(kinds)), np.nan)
         for row in rows:
             table[layers.index(row["layer"]), kinds.index(row["kind"])] = 100 * row["ratio"]
