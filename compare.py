@@ -1,7 +1,7 @@
 """Compare the techniques on equal footing: same folds, same head, same order of data, same schedule.
 
     python compare.py                 head, adapters, LoRA and full fine-tuning on three folds; table and plots
-    python compare.py --quick         the whole thing in small: one fold, 1,000 sentences to train on
+    python compare.py --quick         the whole thing in small: one fold, 640 sentences to train on
     python compare.py --folds 10      every sentence but dev is tested once: the published comparison
     python compare.py --tune          a learning rate for each technique, judged on dev alone
     python compare.py --study rank    one claim of the papers (STUDIES below lists them)
@@ -33,9 +33,10 @@ MIDDLE = {"head": 1e-3, "adapter": 5e-4, "lora": 5e-4, "full": 5e-5, "bitfit": 1
 ATTENTION = ["query", "key", "value", "attention.output"]
 RANKS, BOTTLENECKS, LAYERS = (1, 2, 4, 8, 16, 64), (4, 8, 16, 32, 64, 128), (1, 2, 3, 4, 6)
 SCALES, SHARES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0), (1, 5, 20, 100)
+MARGIN = 0.4  # points that "no worse" may be behind, as in the adapters' paper
 STUDIES = {
     "rank": {
-        "claim": "a very small rank is enough (Hu et al., table 6)",
+        "claim": "a very small rank is enough, to 0.4 points (Hu et al., table 6)",
         "x_label": "rank of the update",
         "runs": [("lora", rank, "lora", ["--rank", rank, "--alpha", 2 * rank]) for rank in RANKS],
         "pairs": [(("lora", 1), ("lora", 8), "no worse"), (("lora", 8), ("lora", 64), "no worse")]},
@@ -79,7 +80,7 @@ STUDIES = {
         "pairs": [((method, share), ("full", share), "better" if share <= 5 else None)
                   for share in SHARES for method in METHODS[:3]]},
     "light": {
-        "claim": "training the biases alone is as good as training everything (Hu et al., table 2)",
+        "claim": "training the biases alone is as good as training everything, to 0.4 points (Hu et al., table 2)",
         "x_label": "trained parameters, head included", "by_size": True,
         "runs": [(name, name, method, options) for name, method, options in [
             ("head", "head", []), ("bitfit", "bitfit", []), ("last_block", "full", ["--top-layers", 1]),
@@ -99,16 +100,20 @@ def parse(arguments):
                         "test on, each with a seed of its own (3; 1 with --quick and --study)")
     parser.add_argument("--seeds", metavar="N", type=int, help="the same with --test FILE: how many seeds (3 or 1)")
     parser.add_argument("--quick", action="store_true", help="one fold, few sentences: a look at the whole")
-    parser.add_argument("--tune", action="store_true", help="search each technique's learning rate on dev")
-    parser.add_argument("--study", choices=[*STUDIES, "inside"], help="put one claim of the papers to the test")
-    parser.add_argument("--human", action="store_true", help="how well one rater of the default data agrees with the "
-                        "others")
-    parser.add_argument("--publish", action="store_true", help="rewrite the README's table from results/")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--tune", action="store_true", help="search each technique's learning rate on dev")
+    mode.add_argument("--study", choices=[*STUDIES, "inside"], help="put one claim of the papers to the test")
+    mode.add_argument("--human", action="store_true", help="how well one rater of the default data agrees with the "
+                      "others")
+    mode.add_argument("--publish", action="store_true", help="rewrite the README's table from results/")
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="where everything goes (runs/comparison)")
-    options, passed_on = parser.parse_known_args(arguments)
-    for name in ("--fold", "--seed", "--resume", "--overwrite"):
-        if name in passed_on:
-            parser.error(f"{name} is chosen by compare.py itself; use --folds or --seeds, or train.py for a single run")
+    options, rest = parser.parse_known_args(arguments)
+    passed_on = [part for word in rest for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    own = {word for *_, extra in STUDIES.get(options.study, {"runs": []})["runs"] for word in map(str, extra)}
+    own |= {"--lr"} if options.tune else {"--limit", "--epochs"} if options.study == "data" else set()
+    for name in ("--fold", "--seed", "--resume", "--overwrite", *own):
+        if name.startswith("--") and name in QUICK * options.quick + passed_on:
+            parser.error(f"{name} is chosen by compare.py itself here; leave it out, or use train.py for a single run")
     if options.seeds is not None and (options.seeds < 1 or "--test" not in passed_on):
         parser.error("--seeds N, at least 1, goes with --test FILE; without it --folds N repeats the comparison")
     if options.folds and "--test" in passed_on:
@@ -138,7 +143,7 @@ def own_options(method, options):
     kept, keep = [], True
     for word in map(str, options):
         if word.startswith("--"):
-            name = word[2:].split("=")[0].replace("-", "_")
+            name = word[2:].replace("-", "_")
             keep = name not in special or name in train.DEFAULTS[method]
         kept += [word] * keep
     return kept
@@ -174,11 +179,14 @@ def is_this(run, settings, hashes):
 
 
 def load_record(run, hashes):
-    """What a run left, or None if it has to be run."""
+    """What a run left, or None if it has to be run. ValueError if what is there is of another run."""
     if not run["record"].is_file():
         return None
     record = checkpoint.read_json(run["record"])
-    return record if is_this(run, record["settings"], hashes) else None
+    if not is_this(run, record["settings"], hashes):
+        raise ValueError(f"{run['record']} is a run with other settings, weights or data: choose another --out, or "
+                         "delete it")
+    return record
 
 
 # What a run's process does. It ends when the other end of its stdin is closed, and with that when compare.py is
@@ -194,13 +202,14 @@ sys.exit(train.main(train.parse(sys.argv[1:])))"""
 def do_run(run, hashes):
     """Run train.py in a process of its own, so that its time and memory are its own; returns the record it leaves.
 
-    A run that was killed goes on where it was. One that fails half-way (a loss that is not finite) is recorded as
-    failed. ValueError for one that does not even begin: the mistake is the user's.
+    A run that was killed goes on where it was, or afresh if it cannot. One that fails half-way (a loss that is not
+    finite) is recorded as failed. ValueError for one that does not even begin: the mistake is the user's.
     """
     folder, started = run["folder"], time.perf_counter()
     begun = folder / "settings.json"
-    going_on = (begun.is_file() and not (folder / checkpoint.FINISHED).is_file()
-                and is_this(run, checkpoint.read_json(begun), hashes))
+    if begun.is_file() and not is_this(run, checkpoint.read_json(begun), hashes):
+        raise ValueError(f"{folder} is a run with other settings, weights or data: choose another --out, or delete it")
+    going_on = begun.is_file() and not (folder / checkpoint.FINISHED).is_file()
     if folder.is_dir() and not going_on:
         shutil.rmtree(folder)
     command = ["train.py", *run["line"], "--out", str(folder)] + ["--resume"] * going_on
@@ -213,6 +222,9 @@ def do_run(run, hashes):
     except KeyboardInterrupt:
         process.wait()  # it has the signal too, and ends in good order
         raise
+    if process.returncode == 2 and going_on:  # begun with another version of torch, say; or it failed, and will again
+        shutil.rmtree(folder)
+        return do_run(run, hashes)
     record = {"command": " ".join(["python", *command[:-1 if going_on else None]])}
     if process.returncode == 0:
         record["settings"] = checkpoint.read_json(begun)
@@ -325,6 +337,8 @@ def name_of(label):
 def differences(done, pairs, same_sentences):
     """Paired comparisons of test accuracy, in points: a list of dicts with name, difference, low, high, p (of Holm).
 
+    p is the larger of two, corrected by Holm: that of the bootstrap over runs and sentences, and McNemar's (with the
+    same sentences in all runs, a permutation test), which is exact but knows of sentences only.
     pairs: (one label, another, what a paper claims of the one or None), ...
     """
     by_name, found = {}, []
@@ -337,23 +351,21 @@ def differences(done, pairs, same_sentences):
             continue
         ours, theirs = [by_name[a][i] for i in repeats], [by_name[b][i] for i in repeats]
         gaps = [x - y for x, y in zip(ours, theirs)]
-        mean, low, high = statistics.paired_bootstrap(gaps, same_sentences=same_sentences)
-        only_a, only_b, p = statistics.mcnemar(np.concatenate(ours), np.concatenate(theirs))
-        sentences = len(gaps[0]) if same_sentences else sum(map(len, gaps))
+        mean, low, high, p = statistics.paired_bootstrap(gaps, same_sentences=same_sentences)
+        only_a, only_b, exact = statistics.mcnemar(np.concatenate(ours), np.concatenate(theirs))
         if same_sentences:
-            p = statistics.permutation_test(np.mean(gaps, axis=0))
-        smallest = 100 * statistics.smallest_detectable(float(np.mean(np.abs(np.concatenate(gaps)))), sentences)
-        found.append({"name": f"{name_of(a)} - {name_of(b)}", "difference": 100 * mean,
-                      "low": 100 * low, "high": 100 * high, "p": p, "only_a": only_a, "only_b": only_b,
-                      "sentences": sentences, "claimed": claimed,
-                      "smallest": smallest if math.isfinite(smallest) else None})
+            exact = statistics.permutation_test(np.mean(gaps, axis=0))
+        found.append({"name": f"{name_of(a)} - {name_of(b)}", "claimed": claimed, "runs": len(gaps),
+                      "sentences": len(gaps[0]) if same_sentences else sum(map(len, gaps)), "only_a": only_a,
+                      "only_b": only_b, "difference": 100 * mean, "low": 100 * low, "high": 100 * high,
+                      "p": max(p, exact)})
     for row, p in zip(found, statistics.holm([row["p"] for row in found]) if found else []):
-        row["p"] = float(p)
+        row |= {"p": float(p), "smallest": statistics.smallest_detectable(row["low"], row["high"], len(found))}
     return found
 
 
 def outcome(row):
-    """better, worse or not distinguished. Neither is called better unless both the interval and the test say so."""
+    """better, worse or not distinguished. Neither is called better unless both the interval and p say so."""
     if row["low"] <= 0 <= row["high"] or row["p"] > 0.05:
         return "not distinguished"
     return "better" if row["low"] > 0 else "worse"
@@ -363,24 +375,30 @@ def sentence(row):
     """A paired comparison in words."""
     a, b = row["name"].split(" - ")
     facts = (f"{row['difference']:+.1f} points, 95 % interval {row['low']:+.1f} to {row['high']:+.1f}, "
-             f"p = {row['p']:.2g}, {row['sentences']:,} sentences")
+             f"p = {row['p']:.2g}, {row['sentences']:,} sentences" + ", one run each" * (row["runs"] == 1))
     if outcome(row) == "not distinguished":
-        found = (f"a true difference of {row['smallest']:.1f} points would have been found four times in five"
-                 if row["smallest"] else "too few sentences to find any difference")
-        return f"{a} and {b} are not distinguished ({facts}; {found})"
+        return (f"{a} and {b} are not distinguished ({facts}; a true difference of {row['smallest']:.1f} points would "
+                "have been found four times in five)")
     return f"{a} did {outcome(row)} than {b} ({facts})"
+
+
+def speaks(row):
+    """1 if a comparison shows what is claimed of it, -1 if it shows the contrary, 0 if neither."""
+    if row["claimed"] == "no worse":  # that no difference was found is no proof: the interval has to exclude one
+        return int(row["low"] > -MARGIN) - int(row["high"] < -MARGIN)
+    return {row["claimed"]: 1, "not distinguished": 0}.get(outcome(row), -1)
 
 
 def verdict(pairs, claims):
     """Whether a claim, of so many comparisons, held. That nothing speaks against it is no proof, and not called one."""
-    found = [(row["claimed"], outcome(row)) for row in pairs if row["claimed"]]
-    shown = sum(pair in (("better", "better"), ("worse", "worse"), ("no worse", "better")) for pair in found)
-    against = sum(pair in (("better", "worse"), ("worse", "better"), ("no worse", "worse")) for pair in found)
+    found = [speaks(row) for row in pairs if row["claimed"]]
+    shown, against = found.count(1), found.count(-1)
     word = "it did not hold here" if against else "it held here" if shown == claims else (
         "nothing here speaks against it, but not all of it could be shown")
     failed = f", {claims - len(found)} could not be made, as a run failed" * (len(found) < claims)
+    alone = "; one run each, so that another seed or fold may say otherwise" * ({row["runs"] for row in pairs} == {1})
     return (f"{word}: of {claims} comparisons it speaks of, {shown} came out as claimed, {against} against it, "
-            f"{len(found) - shown - against} not distinguished{failed}")
+            f"{found.count(0)} undecided{failed}{alone}")
 
 
 def references(content):
@@ -393,25 +411,24 @@ def references(content):
 # -- the comparison ---------------------------------------------------------------------------------------
 
 def context(passed_on):
-    """What all runs have in common: the hashes of weights and data, and the corpus."""
+    """What all runs have in common: their settings, the hashes of weights and data, and the corpus."""
     settings = train.parse(["head", *own_options("head", passed_on)])
     weights = download.find_weights(settings.weights)
     files = [settings.test] * bool(settings.test) + [settings.data or download.fetch_data()]
     corpus = data.read_corpus(files, data.load_tokenizer(weights, settings.max_length), settings.text_column,
                               settings.label_column)
     hashes = {"weights_sha256": download.hash_weights(weights), "data_sha256": [download.sha256(f) for f in files]}
-    return hashes, corpus
+    return settings, hashes, corpus
 
 
-def certainty(done):
-    """Accuracy in bins of |mean rating|, as plots.by_certainty takes it. Only the default data has ratings."""
+def certainty(finished):
+    """Accuracy in bins of |mean rating|, as plots.by_certainty takes it, from {method: records of its runs}."""
     with open(download.DATA, encoding="utf-8") as file:
         ratings = {number: abs(float(line.split("\t")[1])) for number, line in enumerate(file, 1) if number > 1}
     edges, bins, scores = [0, 0.5, 1, 1.5, 2, 2.5, 4], [], {}
-    for name in dict.fromkeys(run["label"] for run, _ in done if run["label"] != "untrained"):
-        records = [record for run, record in done if run["label"] == name and "failed" not in record]
+    for name, records in finished.items():
         sure = np.array([ratings[line] for record in records for line in record["predictions"]["lines"]])
-        correct = np.concatenate([right(record) for record in records]) if records else np.zeros(0)
+        correct = np.concatenate([right(record) for record in records])
         inside = [(sure > low) & (sure <= high) for low, high in zip(edges, edges[1:])]
         bins = [(low, high, int(chosen.sum())) for low, high, chosen in zip(edges, edges[1:], inside)]
         scores[name] = [(100 * correct[chosen].mean(), 100 * math.sqrt(correct[chosen].var() / chosen.sum()))
@@ -419,13 +436,16 @@ def certainty(done):
     return bins, scores
 
 
-def write_comparison(done, out, same_sentences, majority, default_data):
-    """Table (Markdown, CSV, JSON) and plots of all runs that are done."""
+def write_comparison(done, out, same_sentences, common, default_data):
+    """Table (Markdown, CSV, JSON) and plots of all runs that are done. common: the most frequent class."""
     rows, pairs = summarise(done), differences(done, PAIRS, same_sentences)
+    finished = {row["method"]: [record for run, record in done if run["label"] == row["method"]
+                                and "failed" not in record] for row in rows if row["runs"]}
+    labels = [label for record in finished.get("untrained", []) for label in record["predictions"]["labels"]]
     human = out / "human.json"
     human = checkpoint.read_json(human)["agreement"] if default_data and human.is_file() else None
-    content = {"majority_class": majority, "one_human_rater": human, "rows": rows, "differences": pairs,
-               "runs": [{"name": run["record"].stem, "command": record["command"]} | (
+    content = {"majority_class": labels.count(common) / len(labels), "one_human_rater": human, "rows": rows,
+               "differences": pairs, "runs": [{"name": run["record"].stem, "command": record["command"]} | (
                    {"failed": record["failed"]} if "failed" in record else {"metrics": record["metrics"]})
                    for run, record in done]}
     checkpoint.write_json(out / "comparison.json", content)
@@ -438,21 +458,20 @@ def write_comparison(done, out, same_sentences, majority, default_data):
         [row["method"], row["runs"], row["failed"], *(value for column in COLUMNS for value in row[column])]
         for row in rows))
 
-    trained = [row for row in rows if row["method"] != "untrained" and row["runs"]]
-    points, costs, histories = [], [], {}
-    for row in trained:
+    finished.pop("untrained")
+    points, costs = [], []
+    for row in (row for row in rows if row["method"] in finished):
         (mean, std), parameters = row["test_accuracy"], row["technique_parameters"][0] + row["head_parameters"][0]
         points.append({"method": row["method"], "parameters": parameters, "mean": 100 * mean, "std": std and 100 * std})
         costs.append({"method": row["method"], **{key + end: row[key][i] for key in ("train_seconds", "peak_memory_mb")
                                                   for i, end in enumerate(("", "_std"))}})
-        histories[row["method"]] = [record["history"] for run, record in done
-                                    if run["label"] == row["method"] and "failed" not in record]
-    across = [("majority class", 100 * majority)] + ([("one human rater", 100 * human)] if human else [])
+    across = [("majority class", 100 * content["majority_class"])] + ([("one human rater", 100 * human)] if human else [])
+    histories = {method: [record["history"] for record in records] for method, records in finished.items()}
     figures = [("tradeoff", plots.tradeoff, points, across), ("curves", plots.learning_curves, histories),
-               ("costs", plots.costs, costs)] * bool(trained)
+               ("costs", plots.costs, costs)] * bool(finished)
     figures += [("differences", plots.differences, pairs)] * bool(pairs)
-    if default_data and trained:
-        figures.append(("certainty", plots.by_certainty, *certainty(done)))
+    if default_data and finished:
+        figures.append(("certainty", plots.by_certainty, *certainty(finished)))
     for name, draw, *numbers in figures:
         with download.whole(out / f"{name}.png") as aside:
             draw(*numbers, aside)
@@ -460,8 +479,7 @@ def write_comparison(done, out, same_sentences, majority, default_data):
 
 def compare(options, passed_on):
     """Train every method on every fold (or seed), and write table and plots."""
-    hashes, corpus = context(passed_on)
-    own_test, default_data = "--test" in passed_on, "--data" not in passed_on
+    settings, hashes, corpus = context(passed_on)
     print(f"{len(corpus):,} sentences, labelled {', '.join(corpus.classes)[:200]}", *corpus.notes, sep="\n")
     plan = [("untrained", "head", ["--epochs", 0]), *((name, name, []) for name in MIDDLE if name in options.methods)]
     runs = [make_run(name, method, extra, repeat, passed_on, options.out)
@@ -472,8 +490,8 @@ def compare(options, passed_on):
                                               "train_seconds")), sep="\n")
 
     records = do_all(runs, hashes, show)
-    majority = np.bincount(corpus.labels).max() / len(corpus)
-    write_comparison(list(zip(runs, records)), options.out, own_test, majority, default_data)
+    common = corpus.classes[np.bincount(corpus.labels).argmax()]
+    write_comparison(list(zip(runs, records)), options.out, bool(settings.test), common, not settings.data)
     print("", (options.out / "table.md").read_text(encoding="utf-8"),
           f"written to {options.out}/: table.md, table.csv, comparison.json, and plots (.png)", sep="\n")
 
@@ -494,8 +512,8 @@ def tune(options, passed_on):
     sentences, so that these still count as equals, and of them the lowest dev loss is chosen: it weighs every
     probability, and says more than right and wrong.
     """
-    hashes, _ = context(passed_on)
-    found = {}
+    _, hashes, _ = context(passed_on)
+    found = checkpoint.read_json(options.out / "tuning.json") if (options.out / "tuning.json").is_file() else {}
     for method in options.methods:
         tried, wanted = {}, [(MIDDLE[method] * factor, 0) for factor in (1 / 4, 1 / 2, 1, 2, 4)]
         while wanted:
@@ -512,16 +530,13 @@ def tune(options, passed_on):
                 (rate, repeat) for rate in close for repeat in range(len(tried[rate]), options.repeats)]
         chosen = min(close, key=losses.get)
         found[method] = {"chosen": chosen, "tried": [
-            {"lr": rate, **{key: [last[key] for last in tried[rate] if last] for key in ("dev_accuracy", "dev_loss")}}
-            for rate in sorted(tried)]}
+            {"lr": rate, **{key: [last[key] for last in tried[rate] if None not in tried[rate]]
+                            for key in ("dev_accuracy", "dev_loss")}} for rate in sorted(tried)]}
         checkpoint.write_json(options.out / "tuning.json", found)
         print(f"{method}: the learning rate chosen on dev is {chosen:g}")
-    accuracy, loss = {}, {}
-    for method, result in found.items():
-        for series, key, factor in ((accuracy, "dev_accuracy", 100), (loss, "dev_loss", 1)):
-            parts = [(row["lr"], *statistics.mean_std(row[key])) for row in result["tried"] if row[key]]
-            series[method] = [(rate, factor * mean, None if math.isnan(std) else factor * std)
-                              for rate, mean, std in parts]
+    accuracy, loss = ({method: [(row["lr"], *(factor * value for value in statistics.mean_std(row[key])))
+                                for row in result["tried"] if row[key]] for method, result in found.items()}
+                      for key, factor in (("dev_accuracy", 100), ("dev_loss", 1)))
     with download.whole(options.out / "tuning.png") as aside:
         plots.sensitivity(accuracy, loss, {method: result["chosen"] for method, result in found.items()}, aside)
     print(f"written to {options.out}/: tuning.json, tuning.png")
@@ -531,7 +546,7 @@ def tune(options, passed_on):
 
 def study(options, passed_on):
     """Run one study of the papers' claims: a table, a plot, and what became of the claim."""
-    plan, (hashes, corpus) = STUDIES[options.study], context(passed_on)
+    plan, (settings, hashes, corpus) = STUDIES[options.study], context(passed_on)
     runs = []
     for series, x, method, extra in plan["runs"]:
         if options.study == "data" and x < 100:  # in per cent; as many steps as for all, but at most 20 epochs
@@ -539,7 +554,7 @@ def study(options, passed_on):
         runs += [make_run((series, x), method, extra, repeat, passed_on, options.out)
                  for repeat in range(options.repeats)]
     done = list(zip(runs, do_all(runs, hashes)))
-    pairs = differences(done, plan["pairs"], same_sentences="--test" in passed_on)
+    pairs = differences(done, plan["pairs"], same_sentences=bool(settings.test))
     rows, points, across = summarise(done), {}, {}
     for row in rows:
         label, accuracy = row["method"], row["test_accuracy"][0]
@@ -547,13 +562,16 @@ def study(options, passed_on):
         if accuracy is None:  # all its runs failed
             continue
         (series, x), size = label, row["technique_parameters"][0] + row["head_parameters"][0]
-        sentences = sum(len(right(record)) for run, record in done if run["label"] == label and "failed" not in record)
+        sizes = [len(right(record)) for run, record in done if run["label"] == label and "failed" not in record]
+        sentences = sizes[0] if settings.test else sum(sizes)
         point = 100 * accuracy, 100 * math.sqrt(accuracy * (1 - accuracy) / sentences)
         if x is None:
             across[plots.look(series)[0]] = point[0]
         else:
             points.setdefault(series, []).append(
                 (size, *point, "" if x == series else str(x)) if plan.get("by_size") else (x, *point))
+    if not points:
+        raise ValueError(f"every run of this study failed; see {options.out}/runs")
     print("", *markdown(rows, QUALITY), sep="\n")
     claims = sum(claimed is not None for *_, claimed in plan["pairs"])
     content = {"claim": plan["claim"], "rows": rows, "differences": pairs, "verdict": verdict(pairs, claims),
@@ -577,7 +595,7 @@ def inside(options, passed_on):
     same space and about i / width by chance. The paper looks at the right singular vectors, the directions of x that
     an update reads, where A starts at random; the left ones are those it writes, where B starts at zero.
     """
-    hashes, _ = context(passed_on)
+    _, hashes, _ = context(passed_on)
     runs = [make_run("lora", "lora", [], 0, passed_on, options.out),
             make_run("inside-lora", "lora", [], 0, passed_on, options.out, seed=100)]
     for run in runs:
@@ -589,7 +607,7 @@ def inside(options, passed_on):
     for name in [name.removesuffix(".lora_A") for name in seeds[0] if name.endswith(".lora_A")]:
         (writes, values, reads), (other_writes, _, other_reads) = (
             svd_of_product(t[name + ".lora_B"].numpy(), t[name + ".lora_A"].numpy()) for t in seeds)
-        values = settings["alpha"] / rank * values
+        values = settings["alpha"] / (math.sqrt(rank) if settings["rslora"] else rank) * values
         _, _, layer, kind = name.split(".", 3)  # encoder.layers.0.attention.query
         weight = base.get_submodule(name.removeprefix("encoder.")).weight.detach().numpy()
         rows.append({"layer": int(layer) + 1, "kind": kind, "singular_values": values.tolist(),
@@ -617,7 +635,7 @@ def write_study(name, content, out, draw, *numbers):
           f"written to {out}/: study-{name}.json, study-{name}.png", sep="\n")
 
 
-def human(options):
+def human(options, _):
     """How often the sign of one rating is that of the others' mean, a zero counted half. Written to human.json."""
     agree = total = 0
     try:
@@ -688,16 +706,10 @@ def main(options, passed_on):
     try:
         if options.publish:
             publish()
-        elif options.human:
-            human(options)
-        elif options.tune:
-            tune(options, passed_on)
-        elif options.study == "inside":
-            inside(options, passed_on)
-        elif options.study:
-            study(options, passed_on)
         else:
-            compare(options, passed_on)
+            mode = (human if options.human else tune if options.tune else
+                    inside if options.study == "inside" else study if options.study else compare)
+            mode(options, passed_on)
         return 0
     except (ValueError, OSError) as error:
         print(f"compare.py: {error}", file=sys.stderr)

@@ -1149,7 +1149,8 @@ def coverage(runs, times=300, **how):
     rng, methods, own = np.random.default_rng(runs), 0, 0
     for seed in range(times):
         differences, truth = simulate(rng, runs, **how)
-        _, low, high = statistics.paired_bootstrap(differences, 1000, seed, same_sentences="shared" in how)
+        _, low, high, p = statistics.paired_bootstrap(differences, 1000, seed, same_sentences="shared" in how)
+        assert (p > 0.05) == (low <= 0 <= high) or 0.04 < p < 0.06  # they say the same, but for rounding
         methods += low <= 0.02 <= high
         own += low <= truth.mean() <= high
     return methods / times, own / times
@@ -1182,14 +1183,14 @@ def test_a_sentence_that_goes_alike_in_every_run_counts_once():
     d = np.repeat([1, -1, 0], [60, 40, 900])
     one = statistics.paired_bootstrap([d])
     assert statistics.paired_bootstrap([d, d, d], same_sentences=True) == pytest.approx(one)
-    _, low, high = statistics.paired_bootstrap([d, d, d])
+    _, low, high, _ = statistics.paired_bootstrap([d, d, d])
     assert (high - low) / (one[2] - one[1]) == pytest.approx(math.sqrt(1 / 3), rel=0.05)
 
 
 @pytest.mark.parametrize("runs, t", [(2, 12.706), (3, 4.303), (10, 2.262)])  # t quantiles from a printed table
 def test_where_runs_vary_the_interval_is_student_t_and_sentences_are_not_counted_twice(runs, t):
     d = [np.repeat([1, -1, 0], [60 + 40 * (r % 2), 40, 900 - 40 * (r % 2)]) for r in range(runs)]
-    mean, low, high = statistics.paired_bootstrap(d, 200_000)
+    mean, low, high, _ = statistics.paired_bootstrap(d, 200_000)
     error = np.std([x.mean() for x in d], ddof=1) / math.sqrt(runs)
     assert (high - low) / 2 == pytest.approx(t * error, rel=0.03) and (high + low) / 2 == pytest.approx(mean, abs=0.01)
 
@@ -1197,7 +1198,7 @@ def test_where_runs_vary_the_interval_is_student_t_and_sentences_are_not_counted
 def test_the_interval_adds_runs_to_sentences_that_are_the_same_for_all():
     d, rng = np.repeat([1, -1, 0], [60, 40, 900]), np.random.default_rng(0)
     runs = np.array([-1, 0, 1]) * math.sqrt(2 * d.var() / 1000)
-    _, low, high = statistics.paired_bootstrap(d + runs[:, None], 100_000, level=0.5, same_sentences=True)
+    _, low, high, _ = statistics.paired_bootstrap(d + runs[:, None], 100_000, level=0.5, same_sentences=True)
     expected = (rng.standard_t(2, 100_000) * math.sqrt(runs.var(ddof=1) / 3)
                 + rng.standard_normal(100_000) * math.sqrt(d.var() / 1000))
     assert high - low == pytest.approx(np.diff(np.quantile(expected, [0.25, 0.75]))[0], rel=0.03)
@@ -1206,14 +1207,16 @@ def test_the_interval_adds_runs_to_sentences_that_are_the_same_for_all():
 def test_the_interval_is_that_of_drawing_sentences_one_by_one():
     d = np.repeat([1, -1, 0], [60, 40, 900])
     drawn = np.random.default_rng(1).choice(d, (4000, 1000)).mean(1)
-    mean, low, high = statistics.paired_bootstrap([d], level=0.9)
+    mean, low, high, p = statistics.paired_bootstrap([d], level=0.9)
+    assert p == pytest.approx(2 * (drawn <= 0).mean(), abs=0.02)
     assert mean == pytest.approx(0.02) and (low, high) == pytest.approx(np.quantile(drawn, [0.05, 0.95]), abs=1.1e-3)
     assert statistics.paired_bootstrap([d], seed=3) == statistics.paired_bootstrap([d], seed=3)
 
 
 def test_the_mean_is_over_all_sentences_not_over_runs():
     assert statistics.paired_bootstrap([[1, 1], [0] * 6])[0] == pytest.approx(2 / 8)
-    assert statistics.paired_bootstrap([[0, 0], [0, 0, 0]]) == (0, 0, 0)
+    assert statistics.paired_bootstrap([[0, 0], [0, 0, 0]]) == (0, 0, 0, 1)
+    assert statistics.paired_bootstrap([[1, 1], [1, 1, 1]], resamples=999) == (1, 1, 1, 2 / 1000)  # never zero
 
 
 @pytest.mark.parametrize("only_a, only_b, p", [
@@ -1266,19 +1269,21 @@ def test_holm_by_hand():
 
 
 def test_smallest_detectable_by_hand():
-    n = ((1.959964 * math.sqrt(0.5) + 0.841621 * math.sqrt(0.5 - 0.4 ** 2)) / 0.4) ** 2  # 22.01
-    assert statistics.smallest_detectable(0.5, n) == pytest.approx(0.4, rel=1e-5)
-    assert statistics.smallest_detectable(0.1, 1000, power=0.5) == pytest.approx(1.959964 * math.sqrt(0.1 / 1000))
-    assert statistics.smallest_detectable(0, 1000) == statistics.smallest_detectable(0.005, 1000) == math.inf
+    error = 0.01  # of a normal mean: 1.96 + 0.84 of them, or with four comparisons z(1 - 0.05 / 8) = 2.50 and 0.84
+    interval = -1.959964 * error, 1.959964 * error
+    assert statistics.smallest_detectable(*interval) == pytest.approx((1.959964 + 0.841621) * error)
+    assert statistics.smallest_detectable(*interval, comparisons=4) == pytest.approx((2.497705 + 0.841621) * error)
 
 
-@pytest.mark.parametrize("discordant, sentences", [(0.1, 1000), (0.05, 4000), (0.3, 200)])
-def test_the_smallest_detectable_difference_is_found_four_times_in_five(discordant, sentences):
-    rng, delta = np.random.default_rng(0), statistics.smallest_detectable(discordant, sentences)
-    for share, least, most in [(1, 0.73, 0.82), (0.5, 0.2, 0.4)]:  # the exact test is a little weaker than the formula
-        chances = [(discordant + share * delta) / 2, (discordant - share * delta) / 2, 1 - discordant]
-        found = [statistics.mcnemar(*pairs(*counts))[2] <= 0.05 for counts in rng.multinomial(sentences, chances, 1000)]
-        assert least <= np.mean(found) <= most
+@pytest.mark.parametrize("runs, run_std, least, most", [(1, 0, 0.75, 0.85), (10, 0, 0.75, 0.9), (10, 0.01, 0.75, 0.9)])
+def test_the_smallest_detectable_difference_is_found_four_times_in_five(runs, run_std, least, most):
+    rng = np.random.default_rng(0)
+    widths = [np.diff(statistics.paired_bootstrap(simulate(rng, runs, run_std, mean=0)[0], 1000)[1:3])[0]
+              for _ in range(100)]
+    delta, found = statistics.smallest_detectable(0, np.mean(widths)), 0
+    for _ in range(400):
+        found += statistics.paired_bootstrap(simulate(rng, runs, run_std, mean=delta)[0], 1000)[1] > 0
+    assert least <= found / 400 <= most
 
 
 def test_mean_std_by_hand():
@@ -1302,8 +1307,8 @@ def test_mean_std_by_hand():
     (lambda: statistics.permutation_test([1.0], permutations=0), "at least 1"),
     (lambda: statistics.holm([]), "p_values"),
     (lambda: statistics.holm([0.5, 1.5]), "0..1"),
-    (lambda: statistics.smallest_detectable(1.2, 1000), "1.2"),
-    (lambda: statistics.smallest_detectable(0.1, 1000, power=0.01), "power")])
+    (lambda: statistics.smallest_detectable(1.2, 1), "1.2"),
+    (lambda: statistics.smallest_detectable(0, 1, power=0.01), "power")])
 def test_unusable_input_to_the_statistics_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
@@ -1334,7 +1339,7 @@ def compared(out, tiny, file, *options):
     return content
 
 
-def test_a_whole_quick_comparison_of_three_classes(tiny, three_kinds, tmp_path, capfd, monkeypatch):
+def test_a_whole_quick_comparison_of_three_classes(tiny, three_kinds, tmp_path, capfd):
     once = compared(tmp_path, tiny, three_kinds, "--quick", "--epochs", 2)
     rows = {row["method"]: row for row in once["rows"]}
     assert list(rows) == ["untrained", "head", "adapter", "lora", "full"] and all(row["runs"] == 1 for row in rows.values())
@@ -1355,10 +1360,16 @@ def test_a_whole_quick_comparison_of_three_classes(tiny, three_kinds, tmp_path, 
     assert compared(tmp_path, tiny, three_kinds, "--quick", "--epochs", 2) == once
     said = capfd.readouterr().out
     assert "5 runs, 4 of them there already" in said and said.count("$ python train.py") == 1 and lost.exists()
-    # and with another setting, none of it is the same run
-    monkeypatch.setattr(compare, "do_run", lambda *_: pytest.fail("as it should"))
-    with pytest.raises(pytest.fail.Exception):
-        compared(tmp_path, tiny, three_kinds, "--quick", "--epochs", 3)
+    # and runs with other settings are neither taken for these nor lost
+    line = ["--quick", "--epochs=3", "--data", str(three_kinds), "--weights", str(tiny), "--out", str(tmp_path)]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert compare.main(*compare.parse(line)) == 2
+    assert "choose another --out" in capfd.readouterr().err
+    lost.unlink()
+    with pytest.raises(ValueError, match="choose another --out"):  # the folder is there still
+        compare.do_run(compare.make_run("lora", "lora", [], 0, line[1:6], tmp_path), {})
+    lost.write_bytes(before[lost])
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_a_comparison_killed_in_the_middle_goes_on(tiny, reviews, tmp_path):
@@ -1424,7 +1435,7 @@ def test_tuning_widens_the_grid_and_repeats_what_is_close(monkeypatch, tmp_path)
                 {"history": [{"dev_accuracy": 0.81 if seed and rate == 0.002 else first[rate], "dev_loss": loss[rate]}]}
                 for rate, seed in ends]
 
-    monkeypatch.setattr(compare, "context", lambda passed_on: ({}, None))
+    monkeypatch.setattr(compare, "context", lambda passed_on: (None, {}, None))
     monkeypatch.setattr(compare, "do_all", do_all)
     arguments = ["--tune", "--methods", "head", "--out", str(tmp_path)]
     compare.tune(*compare.parse(arguments))
@@ -1436,9 +1447,10 @@ def test_tuning_widens_the_grid_and_repeats_what_is_close(monkeypatch, tmp_path)
 
 
 def test_words_follow_the_interval_and_the_test():
-    row = dict(name="LoRA - adapters", difference=1.0, low=0.1, high=1.9, p=0.01, sentences=900, smallest=1.2)
+    row = dict(name="LoRA - adapters", difference=1.0, low=0.1, high=1.9, p=0.01, sentences=900, smallest=1.2, runs=1)
     assert compare.sentence(row).startswith("LoRA did better than adapters (+1.0 points")
     assert compare.sentence(row | {"difference": -1.0, "low": -1.9, "high": -0.1}).startswith("LoRA did worse than")
+    assert "one run each" in compare.sentence(row) and "one run each" not in compare.sentence(row | {"runs": 2})
     for other in ({"low": -0.1}, {"p": 0.06}):
         assert compare.sentence(row | other).startswith("LoRA and adapters are not distinguished")
 
@@ -1446,10 +1458,14 @@ def test_words_follow_the_interval_and_the_test():
 @pytest.mark.parametrize("claimed, low, high, begin", [
     ("better", 0.1, 1.9, "it held here"), ("better", -1.9, -0.1, "it did not hold"), ("better", -1, 1, "nothing here"),
     ("worse", -1.9, -0.1, "it held here"), ("worse", 0.1, 1.9, "it did not hold"), ("no worse", -1, 1, "nothing here"),
-    ("no worse", 0.1, 1.9, "it held here"), ("no worse", -1.9, -0.1, "it did not hold")])
+    ("no worse", -0.35, -0.05, "it held here"), ("no worse", -0.3, 1, "it held here"),  # 0.4 points are allowed
+    ("no worse", -0.9, -0.1, "nothing here"), ("no worse", -1.9, -0.5, "it did not hold")])
 def test_verdict_on_a_claim(claimed, low, high, begin):
-    unclaimed = {"claimed": None, "low": -3, "high": -2, "p": 0}  # of which the claim says nothing
-    assert compare.verdict([{"claimed": claimed, "low": low, "high": high, "p": 0}, unclaimed], claims=1).startswith(begin)
+    unclaimed = {"claimed": None, "low": -3, "high": -2, "p": 0, "runs": 3}  # of which the claim says nothing
+    row = {"claimed": claimed, "low": low, "high": high, "p": 0, "runs": 3}
+    found = compare.verdict([row, unclaimed], claims=1)
+    assert found.startswith(begin) and "another seed" not in found
+    assert "another seed" in compare.verdict([row | {"runs": 1}], claims=1)
 
 
 def test_a_claim_whose_runs_failed_has_not_held():
@@ -1486,7 +1502,9 @@ def test_options_are_passed_on_to_those_who_have_them():
 
 @pytest.mark.parametrize("options, part", [
     (["--fold", "1"], "--fold is chosen by compare.py"), (["--seeds", "2"], "--test FILE"), (["--folds", "11"], "--folds"),
-    (["--data", "a.csv", "--test", "b.csv", "--folds", "2"], "use --seeds"), (["--methods", "prompt"], "prompt")])
+    (["--data", "a.csv", "--test=b.csv", "--folds", "2"], "use --seeds"), (["--methods", "prompt"], "prompt"),
+    (["--fold=3"], "--fold is chosen"), (["--tune", "--lr", "1"], "--lr is chosen"), (["--tune", "--human"], "--human"),
+    (["--study", "rank", "--rank=4"], "--rank is chosen"), (["--study", "data", "--quick"], "--limit is chosen")])
 def test_a_wrong_option_of_compare_is_refused(capsys, options, part):
     with pytest.raises(SystemExit) as stop:
         compare.parse(options)

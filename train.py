@@ -51,6 +51,7 @@ def parse(arguments):
     """The settings of a run, from its command line: an argparse.Namespace."""
     parser = Parser(prog="train.py", usage="python train.py {head,adapter,lora,bitfit,full} [options]",
                     description="Fine-tune a small BERT to classify sentences. Defaults stand in brackets.",
+                    allow_abbrev=False,  # compare.py looks for options by their whole names
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100))
     parser.add_argument("method", choices=DEFAULTS, metavar="method", help="what is trained: head (the last two layers "
                         "only), adapter, lora or bitfit (each with the head), or full (everything)")

@@ -255,7 +255,7 @@ def study(x_label, series, path, reference=None):
 
 
 def sensitivity(accuracy, loss, chosen, path):
-    """Dev accuracy and loss against learning rate (log). accuracy, loss: {method: [(rate, value, std or None), ...]};
+    """Dev accuracy and loss against learning rate (log). accuracy, loss: {method: [(rate, value, std or nan), ...]};
     chosen: {method: rate}, which gets a ring. A method that fails at some rate leaves the scale at its bottom."""
     with drawing(path, 1, 2, (10, 5)) as (figure, [[left, right]]):
         for axis, series, label in ((left, accuracy, "dev accuracy (%)"), (right, loss, "dev loss (nats)")):
@@ -269,7 +269,7 @@ def sensitivity(accuracy, loss, chosen, path):
                 if lost:
                     axis.set_ylim(min(best) - 5, max(best) + 1)
             place(axis, lines + lost)
-        spread = any(row[2] for rows in accuracy.values() for row in rows)
+        spread = any(row[2] > 0 for rows in accuracy.values() for row in rows)
         figure.supxlabel("ring: chosen" + "; bars: standard deviation over runs, where there were several" * spread,
                          size=11)
 
@@ -377,7 +377,8 @@ def spectra(rows, path):
             axis.xaxis.get_major_locator().set_params(integer=True)
         count = np.arange(1, len(mean) + 1)
         for axis, side in zip(above[1:], ("reads", "writes")):
-            axis.plot(count, count * np.mean([1 / row[side]["width"] for row in rows]), ":", color=INK, label="by chance")
+            chance = np.mean([1 / row[side]["width"] for row in rows])
+            axis.plot(count, count * chance, ":", color=INK, label="by chance")
         above[1].legend(fontsize=9)
         table = np.full((len(layers), len(kinds)), np.nan)
         for row in rows:

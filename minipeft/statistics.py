@@ -3,7 +3,7 @@
 `right_a` says of every test sentence whether A had it right, and right_a - right_b (as 1, 0, -1) is the paired
 difference. Two things are left to chance: which sentences are in the test set, and how a run went (its seed, its
 training sentences). Only `paired_bootstrap` answers for both; the tests on sentences speak of the trained models
-at hand (Dietterich 1998, Neural Computation 10).
+at hand (Dietterich 1998, Neural Computation 10), and none of them sees more in one run than that run.
 """
 import math
 from statistics import NormalDist  # the standard library's, not this file
@@ -38,8 +38,8 @@ def resampled_means(values, resamples, rng):
     return rng.multinomial(len(values), counts / len(values), resamples) @ distinct / len(values)
 
 
-def paired_bootstrap(differences, resamples=10_000, seed=0, level=0.95, same_sentences=False):
-    """The mean difference over all sentences, with an interval for runs and sentences alike: (mean, low, high).
+def paired_bootstrap(differences, resamples=100_000, seed=0, level=0.95, same_sentences=False):
+    """The mean difference over all sentences, with an interval for runs and sentences alike: (mean, low, high, p).
 
         d_rs = mu + run_r + sentence_rs        var(mean) = (T + W) / R,    T = var(run_r)
         W = mean of var(d_r) / n_r             T is about max(0, S^2 - W), S^2 = variance of the R run means
@@ -57,6 +57,9 @@ def paired_bootstrap(differences, resamples=10_000, seed=0, level=0.95, same_sen
     same_sentences: all runs have the same n test sentences in one order (seeds on one file). These are drawn
     jointly, so that a sentence which is hard in every run counts once: W / R becomes var(d averaged over runs) / n,
     and what S^2 loses is the mean square of d_rs - d_r. - d_.s + d.. , over n.
+
+    p, of no difference, belongs to the interval: twice the share of resamples on the far side of zero (the data
+    counted as one), so that it is at the level where the interval ends at zero.
 
     Raises ValueError for no run, a run without two sentences, or same_sentences with runs of different lengths.
     """
@@ -81,7 +84,8 @@ def paired_bootstrap(differences, resamples=10_000, seed=0, level=0.95, same_sen
         variance = np.maximum(0, spread - noise) * (weights ** 2).sum()  # T / R where runs are equally long
         drawn = drawn + np.sqrt(variance) * rng.standard_normal(resamples)
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return float(weights @ means), float(low), float(high)
+    p = min(1.0, 2 * (1 + min((drawn <= 0).sum(), (drawn >= 0).sum())) / (1 + resamples))
+    return float(weights @ means), float(low), float(high), float(p)
 
 
 def mcnemar(right_a, right_b):
@@ -142,22 +146,18 @@ def holm(p_values):
     return adjusted
 
 
-def smallest_detectable(discordant, sentences, power=0.8, level=0.05):
-    """The smallest true difference in accuracy that McNemar's test finds with this power.
+def smallest_detectable(low, high, comparisons=1, power=0.8, level=0.05):
+    """The smallest true difference that a design with such an interval finds with this power.
 
-        delta sqrt(n) = z_a sqrt(psi) + z_b sqrt(psi - delta^2),    z_a = z(1 - level / 2), z_b = z(power)
+        (z(1 - level / 2m) + z(power)) (high - low) / (2 z(1 - level / 2)),    m = comparisons
 
-    solved for delta; psi: the share of sentences that only one method has right (`discordant`), n: sentences
-    (Connor 1987, Biometrics 43, after Miettinen 1968, Biometrics 24). No difference exceeds psi: inf means that
-    none could have been found. A normal approximation, for one pair of trained models; the exact test needs
-    slightly more. Raises ValueError unless psi is a share and level < power < 1.
+    low, high: the interval at 1 - level, from which the standard error is taken as if it were normal. The first
+    factor is the usual one of power analysis (Cohen 1988, Statistical Power Analysis, chapter 2), for the first and
+    strictest step of Holm's correction. With an interval of Student's t, of few runs, the power is higher than said.
+    Raises ValueError unless low <= high, comparisons >= 1 and level < power < 1.
     """
-    if not (0 <= discordant <= 1 and sentences >= 1 and 0 < level < power < 1):
-        raise ValueError("needs 0 <= discordant <= 1, sentences >= 1 and 0 < level < power < 1, "
-                         f"not {discordant}, {sentences}, {level}, {power}")
-    z_a, z_b = NormalDist().inv_cdf(1 - level / 2), NormalDist().inv_cdf(power)
-    if discordant * sentences < z_a ** 2:  # not significant even if they are all on one side
-        return math.inf
-    root = math.sqrt(sentences - z_a ** 2 + z_b ** 2)  # squared, the formula is a quadratic in delta
-    delta = math.sqrt(discordant) * (z_a * math.sqrt(sentences) + z_b * root) / (sentences + z_b ** 2)
-    return delta if delta <= discordant else math.inf
+    if not (low <= high and comparisons >= 1 and 0 < level < power < 1):
+        raise ValueError("needs low <= high, comparisons >= 1 and 0 < level < power < 1, "
+                         f"not {low}, {high}, {comparisons}, {level}, {power}")
+    z = NormalDist().inv_cdf
+    return (z(1 - level / 2 / comparisons) + z(power)) * (high - low) / 2 / z(1 - level / 2)
