@@ -465,7 +465,8 @@ def write_comparison(done, out, same_sentences, common, default_data):
         points.append({"method": row["method"], "parameters": parameters, "mean": 100 * mean, "std": std and 100 * std})
         costs.append({"method": row["method"], **{key + end: row[key][i] for key in ("train_seconds", "peak_memory_mb")
                                                   for i, end in enumerate(("", "_std"))}})
-    across = [("majority class", 100 * content["majority_class"])] + ([("one human rater", 100 * human)] if human else [])
+    across = [("majority class", 100 * content["majority_class"])]
+    across += [("one human rater", 100 * human)] if human else []
     histories = {method: [record["history"] for record in records] for method, records in finished.items()}
     figures = [("tradeoff", plots.tradeoff, points, across), ("curves", plots.learning_curves, histories),
                ("costs", plots.costs, costs)] * bool(finished)
@@ -679,16 +680,16 @@ def published(results):
         lines += ["", "`python compare.py --tune --out results`: each technique's learning rate, chosen on dev.", "",
                   *rates(checkpoint.read_json(results / "tuning.json")), "",
                   "![Dev accuracy and loss of each technique against its learning rate](results/tuning.png)"]
-    for name in (*STUDIES, "inside"):
-        if (results / f"study-{name}.json").is_file():
-            found = checkpoint.read_json(results / f"study-{name}.json")
-            folds = max((row["runs"] for row in found["rows"] if "runs" in row), default=1)
-            lines += ["", f"`python compare.py --study {name}{f' --folds {folds}' * (folds > 1)} --out results`. "
-                      f"Claim: {found['claim']}. Verdict: {found['verdict']}.", "",
-                      f"![{name}](results/study-{name}.png)"]
-            if found["details"]:
-                lines += ["", "<details><summary>Every comparison</summary>", "",
-                          *(f"- {line}." for line in found["details"]), "", "</details>"]
+    studies = [name for name in (*STUDIES, "inside") if (results / f"study-{name}.json").is_file()]
+    lines += ["", "**The papers' claims, each put to a small test.** Plot and comparisons stand behind its command."
+              ] * bool(studies)
+    for name in studies:
+        found = checkpoint.read_json(results / f"study-{name}.json")
+        folds = max((row["runs"] for row in found["rows"] if "runs" in row), default=1)
+        command = f"python compare.py --study {name}{f' --folds {folds}' * (folds > 1)} --out results"
+        lines += ["", f"*Claim: {found['claim']}.* Found: {found['verdict']}.", "",
+                  f"<details><summary>{command}</summary>", "", f"![Study {name}](results/study-{name}.png)", "",
+                  *(f"- {line}." for line in found["details"]), "", "</details>"]
     return "\n".join(lines)
 
 
