@@ -94,7 +94,8 @@ def place(axis, labels, ends=()):
             for side, gap, y, dislike in SPOTS if rank or index >= len(ends) else stack[index] + SPOTS:
                 shift = np.array([side * (half[0] + gap * point), y * 14 * point])
                 far = abs(anchor + shift - (frame.min + frame.max) / 2) + half
-                cost = 10 * rank + dislike + 1e4 * (far > (frame.max - frame.min) / 2).any()
+                cost = (1 if colour == INK else 10) * rank + dislike  # a reference, in INK, is the same all along
+                cost += 1e4 * (far > (frame.max - frame.min) / 2).any()
                 cost += (abs(ink - anchor - shift) < half).all(1).sum()
                 own, *others = np.linalg.norm(np.clip(  # from the text to its own point, and to those of others
                     abs(np.vstack([anchor, np.delete(owners, index, 0)]) - anchor - shift) - half, 0, None), axis=1)
