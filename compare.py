@@ -111,10 +111,11 @@ def parse(arguments):
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="where everything goes (runs/comparison)")
     options, rest = parser.parse_known_args(arguments)
     passed_on = [part for word in rest for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    own = {word for *_, extra in STUDIES.get(options.study, {"runs": []})["runs"] for word in map(str, extra)}
+    own = {word for *_, extra in STUDIES.get(options.study, {"runs": []})["runs"] for word in extra
+           if str(word).startswith("--")}
     own |= {"--lr"} if options.tune else {"--limit", "--epochs"} if options.study == "data" else set()
     for name in ("--fold", "--seed", "--resume", "--overwrite", *own):
-        if name.startswith("--") and name in QUICK * options.quick + passed_on:
+        if name in QUICK * options.quick + passed_on:
             parser.error(f"{name} is chosen by compare.py itself here; leave it out, or use train.py for a single run")
     if options.seeds is not None and (options.seeds < 1 or "--test" not in passed_on):
         parser.error("--seeds N, at least 1, goes with --test FILE; without it --folds N repeats the comparison")
@@ -170,14 +171,15 @@ def make_run(label, method, options, repeat, passed_on, out, seed=None):
             "settings": vars(train.parse([*line, "--out", str(folder)]))}
 
 
-def is_this(run, settings, hashes):
-    """Whether `settings`, as written by a run, are of this run, with these weights and data."""
+def check_same(run, path, settings, hashes):
+    """ValueError unless `settings`, as a run wrote them to `path`, are of this run, with these weights and data."""
     ignored = ("out", "resume", "overwrite", "save_every", "weights", "data", "test", "device", "precision")
     wanted = {key: value for key, value in run["settings"].items() if key not in ignored} | hashes
     for key in ("device", "precision"):  # "auto" has become what it found
         if run["settings"][key] != "auto":
             wanted[key] = run["settings"][key]
-    return all(settings.get(key) == value for key, value in wanted.items())
+    if any(settings.get(key) != value for key, value in wanted.items()):
+        raise ValueError(f"{path} is a run with other settings, weights or data: choose another --out, or delete it")
 
 
 def load_record(run, hashes):
@@ -185,9 +187,7 @@ def load_record(run, hashes):
     if not run["record"].is_file():
         return None
     record = checkpoint.read_json(run["record"])
-    if not is_this(run, record["settings"], hashes):
-        raise ValueError(f"{run['record']} is a run with other settings, weights or data: choose another --out, or "
-                         "delete it")
+    check_same(run, run["record"], record["settings"], hashes)
     return record
 
 
@@ -209,8 +209,8 @@ def do_run(run, hashes):
     """
     folder, started = run["folder"], time.perf_counter()
     begun = folder / "settings.json"
-    if begun.is_file() and not is_this(run, checkpoint.read_json(begun), hashes):
-        raise ValueError(f"{folder} is a run with other settings, weights or data: choose another --out, or delete it")
+    if begun.is_file():
+        check_same(run, folder, checkpoint.read_json(begun), hashes)
     going_on = begun.is_file() and not (folder / checkpoint.FINISHED).is_file()
     if folder.is_dir() and not going_on:
         shutil.rmtree(folder)
