@@ -31,7 +31,7 @@ MIDDLE = {"head": 1e-3, "adapter": 5e-4, "lora": 5e-4, "full": 5e-5, "bitfit": 1
 # pairs: which of them, as (series, x), are compared, and what the claim says of the first: better, worse, no worse,
 # or None where it says nothing.
 ATTENTION = ["query", "key", "value", "attention.output"]
-RANKS, BOTTLENECKS, LAYERS = (1, 2, 4, 8, 16, 64), (4, 8, 16, 32, 64, 128), (1, 2, 3, 4, 6)
+RANKS, BOTTLENECKS, LAYERS = (1, 2, 4, 8, 16, 64), (4, 8, 16, 32, 64, 128), (1, 2, 3, 4, "all")
 SCALES, SHARES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0), (1, 5, 20, 100)
 TOP_RATE = 4e-4  # a few blocks alone want a higher rate than all: of 2.5e-5, 1e-4, 4e-4 the best on dev for 1 and 2
 MARGIN = 0.4  # points that "no worse" may be behind, as in the adapters' paper
@@ -55,8 +55,8 @@ STUDIES = {
                   (("lora", "attention, 4"), ("lora", "query and value, 8"), None),
                   (("lora", "all, 2"), ("lora", "query and value, 8"), None)]},
     "bottleneck": {
-        "claim": "over two orders of magnitude of size, adapters stay within 0.4 points of full fine-tuning (Houlsby "
-                 "et al., figures 3 and 4)",
+        "claim": "the size of adapters matters little: all stay within 0.4 points of full fine-tuning (Houlsby et al., "
+                 "abstract and section 3.6)",
         "x_label": "bottleneck of the adapters",
         "runs": [("adapter", m, "adapter", ["--bottleneck", m]) for m in BOTTLENECKS] + [("full", None, "full", [])],
         "pairs": [(("adapter", m), ("full", None), "no worse") for m in BOTTLENECKS]},
@@ -64,9 +64,10 @@ STUDIES = {
         "claim": "adapters in all blocks beat training the top blocks, and with fewer parameters (Houlsby et al., "
                  "figure 3)",
         "x_label": "trained parameters, head included (at each point: in how many of the top blocks)", "by_size": True,
-        "runs": [(method, k, method, (["--top-layers", k] + ["--lr", TOP_RATE] * (method == "full")) if k < 6 else [])
+        "runs": [(method, k, method, [] if k == "all" else
+                  ["--top-layers", k] + ["--lr", TOP_RATE] * (method == "full"))
                  for k in LAYERS for method in ("adapter", "full")],
-        "pairs": [(("adapter", 6), ("full", 1), "better"), (("adapter", 6), ("full", 2), "better"),
+        "pairs": [(("adapter", "all"), ("full", 1), "better"), (("adapter", "all"), ("full", 2), "better"),
                   *((("adapter", k), ("full", k), None) for k in LAYERS)]},
     "init": {
         "claim": "adapters fail if their first weights are large (Houlsby et al., figure 6)",
@@ -81,7 +82,8 @@ STUDIES = {
         "pairs": [((method, share), ("full", share), "better" if share <= 5 else None)
                   for share in SHARES for method in METHODS[:3]]},
     "light": {
-        "claim": "training the biases alone is as good as training everything, to 0.4 points (Hu et al., table 2)",
+        "claim": "training the biases alone is as good as training everything, to 0.4 points (Ben Zaken et al. 2021: "
+                 "competitive, where data are few)",
         "x_label": "trained parameters, head included", "by_size": True,
         "runs": [(name, name, method, options) for name, method, options in [
             ("head", "head", []), ("bitfit", "bitfit", []),
@@ -114,9 +116,17 @@ def parse(arguments):
     own = {word for *_, extra in STUDIES.get(options.study, {"runs": []})["runs"] for word in extra
            if str(word).startswith("--")}
     own |= {"--lr"} if options.tune else {"--limit", "--epochs"} if options.study == "data" else set()
+    if options.study and options.methods or options.publish and options.out:
+        parser.error("--study has methods of its own, and --publish reads results/: leave --methods and --out out")
+    methods = {method for _, _, method, _ in STUDIES[options.study]["runs"]} if options.study in STUDIES else (
+        options.methods or METHODS)
+    if "--targets" in passed_on and {"adapter", "lora"} <= {*methods}:
+        parser.error("--targets names the same layers to adapters and LoRA, which go to different ones: choose one of "
+                     "the two with --methods")
     for name in ("--fold", "--seed", "--resume", "--overwrite", *own):
         if name in QUICK * options.quick + passed_on:
-            parser.error(f"{name} is chosen by compare.py itself here; leave it out, or use train.py for a single run")
+            parser.error(f"{name} is chosen by compare.py itself here; leave it{' or --quick' * options.quick} out, "
+                         "or use train.py for a single run")
     if options.seeds is not None and (options.seeds < 1 or "--test" not in passed_on):
         parser.error("--seeds N, at least 1, goes with --test FILE; without it --folds N repeats the comparison")
     if options.folds and "--test" in passed_on:
@@ -135,7 +145,7 @@ import numpy as np
 
 import train
 from minipeft import checkpoint, data, download, plots, statistics
-from minipeft.bert import load_bert
+from minipeft.lora import LoRALinear
 
 
 # -- runs -------------------------------------------------------------------------------------------------
@@ -192,20 +202,21 @@ def load_record(run, hashes):
 
 
 # What a run's process does. It ends when the other end of its stdin is closed, and with that when compare.py is
-# killed: or it would go on alone, and the next compare.py would write into the same folder.
+# killed: or it would go on alone, and the next compare.py would write into the same folder. (On Windows an import
+# must not be under way while another thread reads stdin.)
 CHILD = f"""
 import os, sys, threading
-threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
 sys.path[0] = {str(ROOT)!r}
 import train
+threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
 sys.exit(train.main(train.parse(sys.argv[1:])))"""
 
 
 def do_run(run, hashes):
     """Run train.py in a process of its own, so that its time and memory are its own; returns the record it leaves.
 
-    A run that was killed goes on where it was, or afresh if it cannot. One that fails half-way (a loss that is not
-    finite) is recorded as failed. ValueError for one that does not even begin: the mistake is the user's.
+    A run that was killed goes on where it was, or afresh if it cannot. One whose loss does not stay finite is
+    recorded as failed. ValueError for any other that comes to nothing: the mistake is the user's, or the disk is full.
     """
     folder, started = run["folder"], time.perf_counter()
     begun = folder / "settings.json"
@@ -216,15 +227,16 @@ def do_run(run, hashes):
         shutil.rmtree(folder)
     command = ["train.py", *run["line"], "--out", str(folder)] + ["--resume"] * going_on
     print("\n$ python", *command, flush=True)
-    process = subprocess.Popen([sys.executable, "-c", CHILD, *command[1:]], text=True, stdin=subprocess.PIPE,
-                               stdout=subprocess.DEVNULL, stderr=None if sys.stderr.isatty() else subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-X", "utf8", "-c", CHILD, *command[1:]], encoding="utf-8", stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, stderr=None if sys.stderr.isatty() else subprocess.PIPE)
     try:
         error = process.stderr.read() if process.stderr else ""
         process.wait()
     except KeyboardInterrupt:
         process.wait()  # it has the signal too, and ends in good order
         raise
-    if process.returncode == 2 and going_on:  # begun with another version of torch, say; or it failed, and will again
+    if process.returncode == 2 and going_on:  # begun with another version of torch, say
         shutil.rmtree(folder)
         return do_run(run, hashes)
     record = {"command": " ".join(["python", *command[:-1 if going_on else None]])}
@@ -237,11 +249,13 @@ def do_run(run, hashes):
             rows = list(csv.reader(file))
         record["predictions"] = {"lines": [int(row[0]) for row in rows[1:]], "labels": [row[1] for row in rows[1:]],
                                  "chances": [[float(value) for value in row[2:]] for row in rows[1:]]}
-    elif process.returncode == 2 and begun.is_file():
+    elif process.returncode == train.DIVERGED:
         record |= {"settings": checkpoint.read_json(begun), "failed": (error or "it stopped; see above").strip()}
     else:
         raise ValueError((error or "").strip() or f"this run ended with exit code {process.returncode}")
     record["wall_seconds"] = time.perf_counter() - started
+    if run["record"].is_file():  # `inside` needs the weights of a run whose record came without them, and stays
+        return record
     with download.whole(run["record"]) as aside:  # one line a key: small, and still to be read
         lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in record.items())
         aside.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
@@ -395,30 +409,34 @@ def verdict(pairs, claims):
     """Whether a claim, of so many comparisons, held. That nothing speaks against it is no proof, and not called one."""
     found = [speaks(row) for row in pairs if row["claimed"]]
     shown, against = found.count(1), found.count(-1)
-    word = "it did not hold here" if against else "it held here" if shown == claims else (
-        "nothing here speaks against it, but not all of it could be shown")
+    word = "it did not hold here" if against else "it held here" if shown == claims else "not settled here"
     failed = f", {claims - len(found)} could not be made, as a run failed" * (len(found) < claims)
     alone = "; one run each, so that another seed or fold may say otherwise" * ({row["runs"] for row in pairs} == {1})
-    return (f"{word}: of {claims} comparisons it speaks of, {shown} came out as claimed, {against} against it, "
-            f"{found.count(0)} undecided{failed}{alone}")
+    return (f"{word} (comparisons that it speaks of: {shown} as claimed, {against} against it, {found.count(0)} "
+            f"undecided{failed}{alone})")
 
 
-def references(content):
-    """What test accuracy is to be held against, as a line."""
+def tables(content):
+    """The whole comparison as lines of Markdown. (What costs no training has no costs.)"""
     human = content["one_human_rater"]
-    return (f"always the most frequent class {content['majority_class']:.1%}"
-            + (f"; one human rater, against the others {human:.1%}" if human else ""))
+    return [*markdown(content["rows"], QUALITY), "",
+            f"For scale: always the most frequent class {content['majority_class']:.1%}"
+            + f"; one human rater, against the others {human or 0:.1%}" * bool(human) + ".", "",
+            *markdown([row for row in content["rows"] if row["method"] != "untrained"], COST), "",
+            *(f"- {sentence(row)}." for row in content["differences"])]
 
 
 # -- the comparison ---------------------------------------------------------------------------------------
 
-def context(passed_on):
+def context(options, passed_on):
     """What all runs have in common: their settings, the hashes of weights and data, and the corpus."""
     settings = train.parse(["head", *own_options("head", passed_on)])
     weights = download.find_weights(settings.weights)
     files = [settings.test] * bool(settings.test) + [settings.data or download.fetch_data()]
     corpus = data.read_corpus(files, data.load_tokenizer(weights, settings.max_length), settings.text_column,
                               settings.label_column)
+    for fold in range(1 if settings.test else options.repeats):
+        data.split(corpus, fold)  # ValueError now, and not after hours, if a fold lacks a class
     hashes = {"weights_sha256": download.hash_weights(weights), "data_sha256": [download.sha256(f) for f in files]}
     return settings, hashes, corpus
 
@@ -451,10 +469,8 @@ def write_comparison(done, out, same_sentences, common, default_data):
                    {"failed": record["failed"]} if "failed" in record else {"metrics": record["metrics"]})
                    for run, record in done]}
     checkpoint.write_json(out / "comparison.json", content)
-    lines = [*markdown(rows, QUALITY), "", references(content), "", *markdown(rows, COST), "",
-             *(f"- {sentence(row)}" for row in pairs)]
     with download.whole(out / "table.md") as aside:
-        aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        aside.write_text("\n".join(tables(content)) + "\n", encoding="utf-8")
     checkpoint.write_csv(out / "table.csv", ["method", "runs", "failed", *(
         column + end for column in COLUMNS for end in ("", "_std"))], (
         [row["method"], row["runs"], row["failed"], *(value for column in COLUMNS for value in row[column])]
@@ -482,7 +498,7 @@ def write_comparison(done, out, same_sentences, common, default_data):
 
 def compare(options, passed_on):
     """Train every method on every fold (or seed), and write table and plots."""
-    settings, hashes, corpus = context(passed_on)
+    settings, hashes, corpus = context(options, passed_on)
     print(f"{len(corpus):,} sentences, labelled {', '.join(corpus.classes)[:200]}", *corpus.notes, sep="\n")
     plan = [("untrained", "head", ["--epochs", 0]), *((name, name, []) for name in MIDDLE if name in options.methods)]
     runs = [make_run(name, method, extra, repeat, passed_on, options.out)
@@ -515,7 +531,7 @@ def tune(options, passed_on):
     sentences, so that these still count as equals, and of them the lowest dev loss is chosen: it weighs every
     probability, and says more than right and wrong.
     """
-    _, hashes, _ = context(passed_on)
+    _, hashes, _ = context(options, passed_on)
     found = checkpoint.read_json(options.out / "tuning.json") if (options.out / "tuning.json").is_file() else {}
     for method in options.methods:
         tried, wanted = {}, [(MIDDLE[method] * factor, 0) for factor in (1 / 4, 1 / 2, 1, 2, 4)]
@@ -549,7 +565,7 @@ def tune(options, passed_on):
 
 def study(options, passed_on):
     """Run one study of the papers' claims: a table, a plot, and what became of the claim."""
-    plan, (settings, hashes, corpus) = STUDIES[options.study], context(passed_on)
+    plan, (settings, hashes, corpus) = STUDIES[options.study], context(options, passed_on)
     runs = []
     for series, x, method, extra in plan["runs"]:
         if options.study == "data" and x < 100:  # in per cent; as many steps as for all, but at most 20 epochs
@@ -595,30 +611,30 @@ def inside(options, passed_on):
 
     The size ||BA|| / ||W0|| of each update, its singular values, and how far the leading directions of the two
     seeds agree: phi(i) = ||U^T V||^2 / i over the first i singular vectors of each (equation 4), which is 1 for the
-    same space and about i / width by chance. The paper looks at the right singular vectors, the directions of x that
-    an update reads, where A starts at random; the left ones are those it writes, where B starts at zero.
+    same space and about i / width by chance. The right singular vectors of BA are the directions of x that an update
+    reads, where A starts at random; the left ones are those it writes, where B starts at zero. The paper takes A
+    alone, most of whose directions are still the random ones it started with.
     """
-    _, hashes, _ = context(passed_on)
+    _, hashes, _ = context(options, passed_on)
     runs = [make_run("lora", "lora", [], 0, passed_on, options.out),
             make_run("inside-lora", "lora", [], 0, passed_on, options.out, seed=100)]
     for run in runs:
         if load_record(run, hashes) is None or not (run["folder"] / "model.safetensors").is_file():
             do_run(run, hashes)
-    seeds = [checkpoint.read_tensors(run["folder"] / "model.safetensors")[0] for run in runs]
-    base, settings = load_bert(download.find_weights(runs[0]["settings"]["weights"])), runs[0]["settings"]
-    rank, rows = settings["rank"], []
-    for name in [name.removesuffix(".lora_A") for name in seeds[0] if name.endswith(".lora_A")]:
+    one, two = ({name: module for name, module in checkpoint.open_run(run["folder"])[0].encoder.named_modules()
+                 if isinstance(module, LoRALinear)} for run in runs)
+    rows, rank = [], runs[0]["settings"]["rank"]
+    for name, lora in one.items():
         (writes, values, reads), (other_writes, _, other_reads) = (
-            svd_of_product(t[name + ".lora_B"].numpy(), t[name + ".lora_A"].numpy()) for t in seeds)
-        values = settings["alpha"] / (math.sqrt(rank) if settings["rslora"] else rank) * values
-        _, _, layer, kind = name.split(".", 3)  # encoder.layers.0.attention.query
-        weight = base.get_submodule(name.removeprefix("encoder.")).weight.detach().numpy()
+            svd_of_product(module.lora_B.detach().numpy(), module.lora_A.detach().numpy())
+            for module in (lora, two[name]))
+        values, weight = lora.scaling * values, lora.linear.weight.detach().numpy()
+        _, layer, kind = name.split(".", 2)  # layers.0.attention.query
         rows.append({"layer": int(layer) + 1, "kind": kind, "singular_values": values.tolist(),
                      "ratio": float(np.linalg.norm(values) / np.linalg.norm(weight)),
-                     **{side: {"width": one.shape[1], "agreement": [
-                         float(np.square(one[:i] @ two[:i].T).sum() / i) for i in range(1, rank + 1)]}
-                        for side, one, two in (("reads", reads, other_reads), ("writes", writes, other_writes))}})
-    rows.sort(key=lambda row: (row["layer"], [row["kind"].endswith(part) for part in settings["targets"]].index(True)))
+                     **{side: {"width": ours.shape[1], "agreement": [
+                         float(np.square(ours[:i] @ theirs[:i].T).sum() / i) for i in range(1, rank + 1)]}
+                        for side, ours, theirs in (("reads", reads, other_reads), ("writes", writes, other_writes))}})
     found = [f"an update is {np.mean([row['ratio'] for row in rows]):.1%} of its matrix in the mean"]
     for side in ("reads", "writes"):
         first, every, chance = np.mean([(row[side]["agreement"][0], row[side]["agreement"][-1],
@@ -675,13 +691,11 @@ def published(results):
     content = checkpoint.read_json(results / "comparison.json")
     folds = max(row["runs"] for row in content["rows"])
     lines = [f"`python compare.py --folds {folds} --out results`"
-             + (", mean ± standard deviation over the folds:" if folds > 1 else ":"), "",
-             *markdown(content["rows"], QUALITY), "", f"For scale: {references(content)}.", "",
-             *markdown(content["rows"], COST), "", *(f"- {sentence(row)}." for row in content["differences"])]
+             + (", mean ± standard deviation over the folds:" if folds > 1 else ":"), "", *tables(content)]
     if (results / "tuning.json").is_file():
         found = checkpoint.read_json(results / "tuning.json")
-        lines += ["", f"`python compare.py --tune --methods {' '.join(found)} --out results`: each technique's learning "
-                  "rate, chosen on dev.", "", *rates(found), "",
+        lines += ["", "`python compare.py --tune --out results`: each technique's learning rate, chosen on dev.", "",
+                  *rates(found), "",
                   "![Dev accuracy and loss of each technique against its learning rate](results/tuning.png)"]
     studies = [name for name in (*STUDIES, "inside") if (results / f"study-{name}.json").is_file()]
     lines += ["", "**The papers' claims, each put to a small test.** Plot and comparisons stand behind its command."
@@ -724,4 +738,5 @@ def main(options, passed_on):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main(OPTIONS, PASSED_ON))

@@ -942,7 +942,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_state(
         return logits(self, rows) * (math.nan if len(calls) == 13 else 1.0)
 
     monkeypatch.setattr(train.Forward, "logits", spoilt)
-    assert train.main(chosen) == 2
+    assert train.main(chosen) == train.DIVERGED == 3
     error = capsys.readouterr().err
     assert "step 13" in error and "--lr" in error and error.count("\n") == 1
     tensors, progress = checkpoint.read_tensors(Path(chosen.out) / "state.safetensors")
@@ -1402,6 +1402,19 @@ def test_a_run_that_fails_is_counted_and_a_mistake_stops_the_comparison(tiny, re
     assert "'queri' matches nothing" in capfd.readouterr().err
 
 
+def test_a_fold_without_some_class_is_found_before_the_first_run(tiny, tmp_path, capfd):
+    common, rare = [f"good {i},{i % 2}" for i in range(400)], [f"bad {i}" for i in range(100)]
+    path = tmp_path / "rare.csv"
+    path.write_text("\n".join(["text,label", *common, *(f"{text},2" for text in rare)]))
+    corpus = data.read_corpus([path], data.load_tokenizer(tiny, 40))
+    alike = [text for text, part in zip(rare, corpus.hashes[400:] % 11) if part == 1][:2]  # both are tested in fold 1
+    path.write_text("\n".join(["text,label", *common, *(f"{text},2" for text in alike)]))
+    line = ["--weights", str(tiny), "--data", str(path), "--out", str(tmp_path / "out"), "--folds"]
+    assert compare.main(*compare.parse([*line, "3"])) == 2
+    assert "rare.csv: the training set has no sentence labelled '2'" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_run_of_every_study_can_be_made_and_is_shared_where_it_is_the_same(tmp_path):
     records = {name: [compare.make_run((series, x), method, options, 0, [], tmp_path)["record"].stem
                       for series, x, method, options in plan["runs"]]
@@ -1435,7 +1448,7 @@ def test_tuning_widens_the_grid_and_repeats_what_is_close(monkeypatch, tmp_path)
                 {"history": [{"dev_accuracy": 0.81 if seed and rate == 0.002 else first[rate], "dev_loss": loss[rate]}]}
                 for rate, seed in ends]
 
-    monkeypatch.setattr(compare, "context", lambda passed_on: (None, {}, None))
+    monkeypatch.setattr(compare, "context", lambda options, passed_on: (None, {}, None))
     monkeypatch.setattr(compare, "do_all", do_all)
     arguments = ["--tune", "--methods", "head", "--out", str(tmp_path)]
     compare.tune(*compare.parse(arguments))
@@ -1456,10 +1469,10 @@ def test_words_follow_the_interval_and_the_test():
 
 
 @pytest.mark.parametrize("claimed, low, high, begin", [
-    ("better", 0.1, 1.9, "it held here"), ("better", -1.9, -0.1, "it did not hold"), ("better", -1, 1, "nothing here"),
-    ("worse", -1.9, -0.1, "it held here"), ("worse", 0.1, 1.9, "it did not hold"), ("no worse", -1, 1, "nothing here"),
+    ("better", 0.1, 1.9, "it held here"), ("better", -1.9, -0.1, "it did not hold"), ("better", -1, 1, "not settled"),
+    ("worse", -1.9, -0.1, "it held here"), ("worse", 0.1, 1.9, "it did not hold"), ("no worse", -1, 1, "not settled"),
     ("no worse", -0.35, -0.05, "it held here"), ("no worse", -0.3, 1, "it held here"),  # 0.4 points are allowed
-    ("no worse", -0.9, -0.1, "nothing here"), ("no worse", -1.9, -0.5, "it did not hold")])
+    ("no worse", -0.9, -0.1, "not settled"), ("no worse", -1.9, -0.5, "it did not hold")])
 def test_verdict_on_a_claim(claimed, low, high, begin):
     unclaimed = {"claimed": None, "low": -3, "high": -2, "p": 0, "runs": 3}  # of which the claim says nothing
     row = {"claimed": claimed, "low": low, "high": high, "p": 0, "runs": 3}
@@ -1470,7 +1483,7 @@ def test_verdict_on_a_claim(claimed, low, high, begin):
 
 def test_a_claim_whose_runs_failed_has_not_held():
     found = compare.verdict([], claims=2)
-    assert found.startswith("nothing here speaks against it") and "2 could not be made" in found
+    assert found.startswith("not settled here") and "2 could not be made" in found
 
 
 def test_every_study_runs_to_its_end(monkeypatch, tmp_path):
@@ -1482,6 +1495,28 @@ def test_every_study_runs_to_its_end(monkeypatch, tmp_path):
         content = checkpoint.read_json(tmp_path / f"study-{name}.json")
         assert len(content["rows"]) == len(plan["runs"]) and len(content["details"]) == len(plan["pairs"])
         assert (tmp_path / f"study-{name}.png").is_file()
+
+
+def test_inside_measures_the_updates_and_leaves_records_as_they_are(tiny, reviews, tmp_path):
+    line = ["--weights", tiny, "--data", reviews, "--out", tmp_path, "--epochs", 1, "--max-length", 40, "--rank", 3,
+            "--precision", "fp32", "--study", "inside"]
+    arguments = compare.parse(list(map(str, line)))
+    assert compare.main(*arguments) == 0
+    content = checkpoint.read_json(tmp_path / "study-inside.json")
+    assert [row["kind"] for row in content["rows"][:2]] == ["attention.query", "attention.key"]
+    model = checkpoint.open_run(tmp_path / "folders" / "lora-fold0")[0]
+    lora = model.encoder.get_submodule("layers.1.feed_forward.intermediate")
+    row = next(row for row in content["rows"] if row["layer"] == 2 and row["kind"] == "feed_forward.intermediate")
+    update = lora.weight - lora.linear.weight
+    np.testing.assert_allclose(row["singular_values"], torch.linalg.svdvals(update)[:3].detach(), rtol=1e-3)
+    assert row["ratio"] == pytest.approx((update.norm() / lora.linear.weight.norm()).item(), rel=1e-3)
+    assert all(0 <= value <= 1 for side in ("reads", "writes") for value in row[side]["agreement"])
+
+    shutil.rmtree(tmp_path / "folders")  # as in a clone, which has the records without the weights
+    record = tmp_path / "runs" / "lora-fold0.json"
+    before = record.read_bytes()
+    assert compare.main(*arguments) == 0
+    assert record.read_bytes() == before and checkpoint.read_json(tmp_path / "study-inside.json") == content
 
 
 def test_svd_of_a_product_of_thin_matrices():
@@ -1504,7 +1539,9 @@ def test_options_are_passed_on_to_those_who_have_them():
     (["--fold", "1"], "--fold is chosen by compare.py"), (["--seeds", "2"], "--test FILE"), (["--folds", "11"], "--folds"),
     (["--data", "a.csv", "--test=b.csv", "--folds", "2"], "use --seeds"), (["--methods", "prompt"], "prompt"),
     (["--fold=3"], "--fold is chosen"), (["--tune", "--lr", "1"], "--lr is chosen"), (["--tune", "--human"], "--human"),
-    (["--study", "rank", "--rank=4"], "--rank is chosen"), (["--study", "data", "--quick"], "--limit is chosen")])
+    (["--study", "rank", "--rank=4"], "--rank is chosen"), (["--study", "data", "--quick"], "--limit is chosen"),
+    (["--study", "rank", "--methods", "lora"], "methods of its own"), (["--publish", "--out", "a"], "reads results/"),
+    (["--targets", "query"], "choose one"), (["--study", "light", "--targets=query"], "choose one")])
 def test_a_wrong_option_of_compare_is_refused(capsys, options, part):
     with pytest.raises(SystemExit) as stop:
         compare.parse(options)

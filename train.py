@@ -19,9 +19,10 @@ DEFAULTS = {
     "lora": {"lr": 2.5e-4, "targets": ["query", "key", "value", "attention.output", "intermediate",
                                        "feed_forward.output"],
              "rank": 8, "alpha": 16.0, "lora_dropout": 0.0, "rslora": False, "dropout": 0.0, "top_layers": None},
-    "bitfit": {"lr": 1e-3, "dropout": 0.0, "top_layers": None},
+    "bitfit": {"lr": 4e-3, "dropout": 0.0, "top_layers": None},
     "full": {"lr": 2.5e-5, "dropout": 0.1, "top_layers": None},
 }
+DIVERGED = 3         # the exit code of a run whose loss does not stay finite; that of a user's mistake is 2
 READ_EVERY = 10      # steps between looks at the loss: on a GPU each look has to wait for it
 TRAIN_SAMPLE = 1000  # sentences of the training set that training loss and accuracy are measured on
 METRICS = ("method", "seed", "epochs", "train_loss", "train_accuracy", "dev_loss", "dev_accuracy", "test_loss",
@@ -479,7 +480,7 @@ def main(settings):
         return 0
     except (ValueError, OSError, FloatingPointError) as error:  # what bad input raises; a bug keeps its traceback
         print(f"train.py: {error}", file=sys.stderr)
-        return 2
+        return DIVERGED if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         print(f"\nstopped; the same command with --resume goes on from the last state in {settings.out}",
               file=sys.stderr)
@@ -487,4 +488,5 @@ def main(settings):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a sentence that the terminal cannot show is no reason to stop
     sys.exit(main(SETTINGS))

@@ -35,6 +35,8 @@ def main():
 
 if __name__ == "__main__":
     try:
+        sys.stdin.reconfigure(encoding="utf-8")  # as all files here, on every system
+        sys.stdout.reconfigure(errors="backslashreplace")
         main()
     except (ValueError, OSError) as error:
         print(f"minipeft: {error}", file=sys.stderr)

