@@ -1583,13 +1583,15 @@ def test_the_learning_rates_are_those_that_were_found():
         assert min(row["lr"] for row in found["tried"]) < found["chosen"] < max(row["lr"] for row in found["tried"])
 
 
-def test_readme_says_what_the_benchmark_says():
+def test_readme_says_what_the_benchmark_says(tmp_path):
     content = json.loads((ROOT / "results" / "speed.json").read_text())
     readme = (ROOT / "README.md").read_text()
     missing = [line for line in speed.tables(content["summary"]) if line not in readme.splitlines()]
     assert not missing and len(content["summary"]["table"]) == len(speed.TABLE)
     for name in ("whole_tokens", "tokens_in_random_batches", "tokens_in_batches_of_like_length", "sentences"):
         assert f"{content['about'][name]:,}" in readme
+    speed.draw(speed.Results(ROOT / "results" / "speed.json", content["options"]), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"ablation.png", "growth.png"}
 
 
 def test_no_pickle_and_no_big_libraries():

@@ -37,9 +37,9 @@ def drawing(path, rows=1, columns=1, size=(9, 5), **options):
             plt.close(figure)
 
 
-def look(name, index=0):
-    """(label, colour, marker) of a method; any other name is its own label, in grey, with marker number index."""
-    return METHODS.get(name, (name, "#777777", "oD^svPX"[index % 7]))
+def look(name):
+    """(label, colour, marker) of a method; any other name is its own label, in grey."""
+    return METHODS.get(name, (name, "#777777", "o"))
 
 
 def amount(value, like=None):
@@ -151,7 +151,7 @@ def accuracies(axis, series, connect=True, dodge=0.0, ring=None):
     and of series."""
     points, lines = [], []
     for index, (name, rows) in enumerate(series.items()):
-        label, colour, marker = look(name, index)
+        label, colour, marker = look(name)
         x, y, spread = (np.array([row[part] for row in rows], dtype=float) for part in range(3))
         x += dodge * (index - (len(series) - 1) / 2)
         axis.errorbar(x, y, spread, color=colour, marker=marker, linestyle="-" if connect else "none")
@@ -319,11 +319,10 @@ def costs(rows, path):
 
 
 def steps(rows, path, x_label, unit):
-    """What each step of an ablation brings. rows: [(label, value, low, high), ...], low and high may be None."""
+    """What each step of an ablation brings. rows: [(label, value, low, high), ...]."""
     with drawing(path, size=(9, 1.1 + 0.5 * len(rows))) as (_, [[axis]]):
         labels, values, lows, highs = zip(*rows)
-        spread = [[v - (v if low is None else low) for v, low in zip(values, lows)],
-                  [(v if high is None else high) - v for v, high in zip(values, highs)]]
+        spread = np.subtract(values, lows), np.subtract(highs, values)
         texts = [f"{amount(v)} {unit}" + (f"   (× {v / before:.2f})" if before else "")
                  for v, before in zip(values, (None, *values))]
         bars(axis, labels, values, texts, "#b0b0b0", spread)
@@ -338,8 +337,8 @@ def growth(panels, path):
         entries = {}
         for axis, panel in zip(axes.flat, (panel for row in panels for panel in row)):
             axis.set(title=panel["title"], xlabel=panel["x_label"], ylabel=panel["y_label"])
-            for index, (name, points) in enumerate(panel["series"].items()):
-                label, colour, marker = look(name, index)
+            for name, points in panel["series"].items():
+                label, colour, marker = look(name)
                 entries[label], = axis.plot(*zip(*points), color=colour, marker=marker)
             if not panel["log"]:
                 axis.set(xlim=(0, None), ylim=(0, 1.1 * axis.dataLim.ymax))
