@@ -417,7 +417,7 @@ def verdict(pairs, claims):
 
 
 def tables(content):
-    """The whole comparison as lines of Markdown. (What costs no training has no costs.)"""
+    """The whole comparison as lines of Markdown. The untrained model is not in the table of costs: it has none."""
     human = content["one_human_rater"]
     return [*markdown(content["rows"], QUALITY), "",
             f"For scale: always the most frequent class {content['majority_class']:.1%}"

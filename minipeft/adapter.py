@@ -17,9 +17,9 @@ class Adapter(nn.Module):
     W_down is (bottleneck, width), W_up (width, bottleneck): 2 x bottleneck x width + bottleneck + width new
     parameters. The weights start near zero (truncated normal), so the adapter starts near the identity.
     The paper says a standard deviation of 1e-2, its authors' code 1e-3; we follow the paper. It names no
-    nonlinearity; GELU is that of their code (which approximates it with a tanh). Where the paper's text has the adapter after the sub-layer's
-    projection, their code has BERT's dropout between the two: a wrapper around the linear layer leaves that
-    dropout after the adapter.
+    nonlinearity; GELU is that of their code (which approximates it with a tanh). Where the paper's text has
+    the adapter after the sub-layer's projection, their code has BERT's dropout between the two: a wrapper
+    around the linear layer leaves that dropout after the adapter.
     """
 
     def __init__(self, linear, bottleneck=32, init_std=1e-2):
@@ -76,9 +76,10 @@ def add_adapters(model, targets=("attention.output", "feed_forward.output"), bot
 
     The defaults are the paper's placement on the encoder of bert.py: one adapter at the end of each of a
     block's two sub-layers, before the residual sum. `norms=()` leaves the LayerNorms frozen; the authors
-    train that of the embeddings too, "embeddings.norm". A trained LayerNorm is a copy; the base's own is put aside for `remove_adapters`. Returns the names of all that was
-    swapped. Raises ValueError, and changes nothing, if a target or norm matches nothing or a module of
-    another type, or if the model has adapters already.
+    train that of the embeddings too, "embeddings.norm". A trained LayerNorm is a copy; the base's own is put
+    aside for `remove_adapters`. Returns the names of all that was swapped. Raises ValueError, and changes
+    nothing, if a target or norm matches nothing or a module of another type, or if the model has adapters
+    already.
     """
     already = [name for name, module in model.named_modules() if isinstance(module, Adapter)]
     if already:
