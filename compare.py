@@ -90,7 +90,7 @@ STUDIES = {
             ("last_block", "full", ["--top-layers", 1, "--lr", TOP_RATE]),
             ("adapter", "adapter", []), ("lora", "lora", []), ("full", "full", [])]],
         "pairs": [(("bitfit", "bitfit"), ("full", "full"), "no worse"), (("bitfit", "bitfit"), ("lora", "lora"), None),
-                  *((("last_block", "last_block"), (rival, rival), None) for rival in ("full", "lora"))]},
+                  *((("last_block", "last_block"), (rival, rival), None) for rival in ("full", "lora", "adapter"))]},
 }
 
 
