@@ -33,7 +33,11 @@ MIDDLE = {"head": 1e-3, "adapter": 5e-4, "lora": 5e-4, "full": 5e-5, "bitfit": 1
 ATTENTION = ["query", "key", "value", "attention.output"]
 RANKS, BOTTLENECKS, LAYERS = (1, 2, 4, 8, 16, 64), (4, 8, 16, 32, 64, 128), (1, 2, 3, 4, "all")
 SCALES, SHARES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0), (1, 5, 20, 100)
-TOP_RATE = 4e-4  # a few blocks alone want a higher rate than all: of 2.5e-5, 1e-4, 4e-4 the best on dev for 1 and 2
+TOP_RATE = 4e-4  # a few blocks alone want another rate than all: of 2.5e-5, 1e-4, 4e-4 the best on dev for 1 and 2
+# And so do few sentences: by share (%) the best on dev of three, as --tune would choose. For head 5e-4, 2e-3 and 8e-3,
+# else the rate for all sentences, a quarter of it and four times it.
+SHARE_RATES = {1: {"head": 5e-4, "adapter": 5e-4, "lora": 2.5e-4, "full": 2.5e-5},
+               5: {"head": 5e-4, "adapter": 1.25e-4, "lora": 1e-3, "full": 1e-4}}
 MARGIN = 0.4  # points that "no worse" may be behind, as in the adapters' paper
 STUDIES = {
     "rank": {
@@ -78,7 +82,8 @@ STUDIES = {
     "data": {
         "claim": "with few sentences, training few parameters does better than training all",
         "x_label": "share of the training set (%)",
-        "runs": [(method, share, method, []) for share in SHARES for method in METHODS],  # see study()
+        "runs": [(method, share, method, ["--lr", SHARE_RATES[share][method]] if share in SHARE_RATES else [])
+                 for share in SHARES for method in METHODS],  # and see study()
         "pairs": [((method, share), ("full", share), "better" if share <= 5 else None)
                   for share in SHARES for method in METHODS[:3]]},
     "light": {
@@ -569,7 +574,7 @@ def study(options, passed_on):
     runs = []
     for series, x, method, extra in plan["runs"]:
         if options.study == "data" and x < 100:  # in per cent; as many steps as for all, but at most 20 epochs
-            extra = ["--limit", len(data.split(corpus)[0]) * x // 100, "--epochs", min(20, 300 // x)]
+            extra = [*extra, "--limit", len(data.split(corpus)[0]) * x // 100, "--epochs", min(20, 300 // x)]
         runs += [make_run((series, x), method, extra, repeat, passed_on, options.out)
                  for repeat in range(options.repeats)]
     done = list(zip(runs, do_all(runs, hashes)))

@@ -1583,6 +1583,15 @@ def test_the_learning_rates_are_those_that_were_found():
         assert min(row["lr"] for row in found["tried"]) < found["chosen"] < max(row["lr"] for row in found["tried"])
 
 
+def test_the_learning_rates_of_few_sentences_are_those_that_were_found():
+    for (share, chosen), sentences in zip(compare.SHARE_RATES.items(), (86, 431)):
+        for method, rate in chosen.items():
+            tried = [record["history"][-1] | {"lr": record["settings"]["lr"]} for record in (
+                checkpoint.read_json(path) for path in (ROOT / "results" / "runs").glob(f"{method}-limit-{sentences}-*fold0.json"))]
+            _, close = compare.leaders({run["lr"]: run["dev_accuracy"] for run in tried})
+            assert len(tried) == 3 and min((run for run in tried if run["lr"] in close), key=lambda run: run["dev_loss"])["lr"] == rate
+
+
 def test_readme_says_what_the_benchmark_says(tmp_path):
     content = json.loads((ROOT / "results" / "speed.json").read_text())
     readme = (ROOT / "README.md").read_text()
