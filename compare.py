@@ -698,9 +698,8 @@ def published(results):
     lines = [f"`python compare.py --folds {folds} --out results`"
              + (", mean ± standard deviation over the folds:" if folds > 1 else ":"), "", *tables(content)]
     if (results / "tuning.json").is_file():
-        found = checkpoint.read_json(results / "tuning.json")
         lines += ["", "`python compare.py --tune --out results`: each technique's learning rate, chosen on dev.", "",
-                  *rates(found), "",
+                  *rates(checkpoint.read_json(results / "tuning.json")), "",
                   "![Dev accuracy and loss of each technique against its learning rate](results/tuning.png)"]
     studies = [name for name in (*STUDIES, "inside") if (results / f"study-{name}.json").is_file()]
     lines += ["", "**The papers' claims, each put to a small test.** Plot and comparisons stand behind its command."
