@@ -1,45 +1,144 @@
-"""Classify sentences with a finished run.
-
-    python -m minipeft runs/lora-fold0 "a gripping film"
-    python -m minipeft runs/lora-fold0 < sentences.txt        one sentence a line
-"""
-import argparse
+"""Use a finished run: python -m minipeft predict RUN "a sentence" (--help lists the rest)."""
+import csv
 import sys
 from itertools import islice
 
+from .files import UserError
+from .settings import Parser
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m minipeft", description="Classify sentences with a finished run.")
+
+def add_predict(commands):
+    parser = commands.add_parser("predict", help="classify sentences with a finished run", description=(
+        "Classify sentences. Prints class, probability and text, separated by tabs; with --csv, the table of the file "
+        "with a prediction and the probability of each class added to each row."))
     parser.add_argument("run", help="folder of the run, such as runs/lora-fold0")
     parser.add_argument("text", nargs="*", help="sentences; without any, lines are read from standard input")
-    parser.add_argument("--weights", help="the base weights it was trained on, if they are not where they were")
-    options = parser.parse_args()
+    parser.add_argument("--csv", metavar="FILE", help="classify the rows of this CSV file, and print CSV")
+    parser.add_argument("--text-column", metavar="NAME", help="its column of texts (default: as in training, or text)")
+    add_weights(parser)
+    parser.set_defaults(command=predict)
 
+
+def add_weights(parser):
+    parser.add_argument("--weights", metavar="FOLDER", help="the base weights, if not the default ones or moved since")
+
+
+def predict(options):
     import torch  # late: --help does not wait for it
 
-    from . import checkpoint, data
+    from . import checkpoint, data, model as models
     from .lora import merge_lora
-    model, settings, weights = checkpoint.open_run(options.run, options.weights)
-    merge_lora(model)  # plain linear layers again: the same answers, at the speed of the base model
+    if options.csv and options.text:
+        raise UserError("give sentences or --csv, not both")
+    model, record, weights = checkpoint.open_run(options.run, options.weights)
+    merge_lora(model)  # plain linear layers again: the same predictions at the speed of the base model
+    classes, settings = record["classes"], record["settings"]
     tokenizer = data.load_tokenizer(weights, settings["max_length"])
-    lines = iter(options.text) if options.text else (line.rstrip("\n") for line in sys.stdin)
-    at_once = 1 if sys.stdin.isatty() else 1024  # somebody who types wants each answer at once
-    while texts := list(islice(lines, at_once)):
+
+    def probabilities(texts):
         sentences, cut = data.tokenize(tokenizer, texts)
         if cut:
             print(f"{cut} texts were cut to {settings['max_length']} tokens", file=sys.stderr)
-        logits = data.predict(model, sentences)
-        for text, chances in zip(texts, torch.from_numpy(logits).softmax(1)):
-            print(f"{settings['classes'][chances.argmax()]}\t{chances.max():.3f}\t{text}", flush=True)
+        return torch.from_numpy(models.predict(model, sentences)).softmax(1)
+
+    at_once = 1 if sys.stdin.isatty() and not options.csv else 1024  # who types wants each prediction at once
+    if options.csv:
+        rows = data.read_rows(options.csv, {"strict": True})
+        _, header = next(rows, (1, []))
+        column = options.text_column or settings.get("text_column") or "text"
+        if column not in header:
+            raise UserError(f"{options.csv} has no column {column!r} but {', '.join(header)[:200]}; name the column of "
+                            "texts with --text-column")
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow([*header, "prediction", *(f"p({name})" for name in classes)])
+        while chunk := list(islice(rows, at_once)):
+            for line, row in chunk:
+                if len(row) != len(header):
+                    raise UserError(f"{options.csv}, line {line}: {len(row)} columns where the first line has "
+                                    f"{len(header)}")
+            for (_, row), p in zip(chunk, probabilities([row[header.index(column)] for _, row in chunk])):
+                writer.writerow([*row, classes[p.argmax()], *(f"{value:.4f}" for value in p)])
+        return
+    lines = iter(options.text) if options.text else (line.rstrip("\n") for line in sys.stdin)
+    while texts := list(islice(lines, at_once)):
+        for text, p in zip(texts, probabilities(texts)):
+            print(f"{classes[p.argmax()]}\t{p.max():.3f}\t{text}", flush=True)
+
+
+def add_export(commands):
+    parser = commands.add_parser("export", help="write a finished run in the format of another library", description=(
+        "Write a finished run to a new folder in the format of another library. peft: LoRA, for "
+        "PeftModel.from_pretrained; a run with --pooling cls is a sequence classifier with its head. transformers: a "
+        "merged model with its tokenizer, for AutoModelForSequenceClassification (--pooling cls) or AutoModel; all "
+        "techniques but adapters. adapters: adapters trained with an empty --norms, for AdapterHub's library. A head "
+        "that has no counterpart there is written to head.safetensors."))
+    parser.add_argument("run", help="folder of the run")
+    parser.add_argument("folder", help="folder to write, which must not exist or be empty")
+    parser.add_argument("--to", choices=("peft", "transformers", "adapters"), required=True, help="the library")
+    add_weights(parser)
+    parser.set_defaults(command=export)
+
+
+def export(options):
+    from .interop import export
+    print(f"wrote {', '.join(export(options.run, options.folder, options.to, options.weights))} to {options.folder}")
+
+
+def add_import(commands):
+    parser = commands.add_parser("import", help="turn a LoRA that peft trained into a run", description=(
+        "Turn a LoRA that peft trained for sequence classification with a BERT-type model into a finished run, to use "
+        "with predict and export. One without a classification head can only start a training: train.py lora "
+        "--init-from FOLDER."))
+    parser.add_argument("folder", help="folder with adapter_config.json and adapter_model.safetensors")
+    parser.add_argument("run", help="folder of the run to write, which must not exist or be empty")
+    parser.add_argument("--classes", nargs="+", metavar="NAME", help="names of the classes, in the order of the head's "
+                        "outputs (default: 0, 1, ...)")
+    add_weights(parser)
+    parser.set_defaults(command=import_)
+
+
+def import_(options):
+    from .interop import import_run
+    record = import_run(options.folder, options.run, options.weights, options.classes)
+    print(f"wrote {options.run}; classes: {', '.join(record['classes'])}")
+
+
+def add_explain(commands):
+    parser = commands.add_parser("explain", help="walk through a technique with real numbers", description=(
+        "Walk through a technique on the real model, in seconds: what is swapped and how many parameters it trains, why "
+        "it starts as it does, which gradients exist at the first step, one sentence before and after ten steps of "
+        "training, and what a training step needs in memory and matrix products. lora: also the merge; adapter: why it "
+        "cannot be merged; head: the cache; full: how far the weights move."))
+    parser.add_argument("technique", choices=("lora", "adapter", "head", "full"), help="what is explained")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of all random numbers (default: 0)")
+    parser.add_argument("--weights", metavar="FOLDER", help="base weights (default: all-MiniLM-L6-v2, fetched once)")
+    parser.set_defaults(command=explain)
+
+
+def explain(options):
+    from .explain import explain as walk
+    walk(options.technique, options.weights, options.seed)
+
+
+def main(arguments=None):
+    """Run one subcommand. Returns the exit code; a user's mistake is one line on stderr."""
+    parser = Parser(prog="python -m minipeft", description="Use a finished run.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (add_predict, add_export, add_import):
+        add(commands)
+    add_explain(commands)
+    options = parser.parse_args(arguments)
+    try:
+        options.command(options)
+        return 0
+    except UserError as error:
+        print(f"minipeft: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
-    try:
-        sys.stdin.reconfigure(encoding="utf-8")  # as all files here, on every system
-        sys.stdout.reconfigure(errors="backslashreplace")
-        main()
-    except (ValueError, OSError) as error:
-        print(f"minipeft: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.stdin.reconfigure(encoding="utf-8")  # as all files here, on every system
+    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.exit(main())

@@ -1,52 +1,77 @@
-"""What a run leaves behind, and how to go on from it: trained tensors, settings, metrics, and the state to resume.
+"""The folder of a run: what a run leaves, how an unfinished one resumes exactly, and how a finished one is opened.
 
-Tensors go to safetensors files, everything else to JSON and CSV; no pickle. Every file appears whole or not
-at all.
+    run.json            the record: settings, machine, versions, hashes, history, metrics, dev and test predictions
+    model.safetensors   the trained tensors
+    predictions.csv     dev and test, for people and spreadsheets
+    curves.png
+    state.safetensors   while unfinished: trained tensors, optimiser state, progress
+
+Tensors go to safetensors, everything else to JSON and CSV; no pickle. Every write is atomic.
 """
 import csv
 import hashlib
 import json
+import os
+from argparse import Namespace
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from .adapter import add_adapters
-from .bert import check_tensors, load_bert, read_safetensors
-from .download import find_weights, hash_weights, whole
-from .head import Classifier, freeze, train_biases
-from .lora import add_lora
+from .bert import check_tensors, read_safetensors
+from .download import find_weights, hash_weights
+from .files import UserError, atomic, read_json
+from .model import build, trained
+from .settings import TECHNIQUES, defaults
 
-FINISHED = "metrics.json"  # the last file a run writes
-FILES = (FINISHED, "state.safetensors", "model.safetensors", "history.csv", "predictions.csv", "curves.png",
-         "settings.json")
-
-
-# -- files ------------------------------------------------------------------------------------------------
-
-def write_json(path, content):
-    with whole(path) as aside:
-        aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_json(path):
-    """A JSON object. ValueError if the file is damaged, FileNotFoundError."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): train again with --overwrite") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (not a JSON object): train again with --overwrite")
-    return content
+RECORD, STATE = "run.json", "state.safetensors"
+FILES = (RECORD, STATE, "model.safetensors", "predictions.csv", "curves.png")
+BEGUN = ("command", "settings", "machine", "versions", "weights_sha256", "data_sha256", "classes", "sentences",
+         "parameters")  # the keys of a record that are known before the first step
+PARTS = {  # the keys inside the objects of a finished record
+    "machine": ("processor", "device", "precision", "threads"),
+    "metrics": ("train_loss", "train_accuracy", "dev_loss", "dev_accuracy", "test_loss", "test_accuracy", "train_seconds",
+                "step_milliseconds", "sentences_per_second", "peak_memory_mb", "saved_bytes"),
+    "dev": ("lines", "labels", "logits"),
+    "test": ("lines", "labels", "logits")}
+# Settings that do not decide the outcome, or that "machine" holds as what they became.
+NOT_FACTS = ("out", "resume", "overwrite", "save_every", "device", "precision")
 
 
-def write_csv(path, header, rows):
-    with whole(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+# -- records ----------------------------------------------------------------------------------------------
 
+def recorded(settings):
+    """The settings that decide the outcome, as a dict; those without a value are left out."""
+    return {name: value for name, value in vars(settings).items() if name not in NOT_FACTS and value is not None}
+
+
+def settings_of(record):
+    """The settings of a record, as a Namespace. Those that it does not have are None."""
+    usual = defaults(record["settings"]["technique"])
+    return Namespace(**(dict.fromkeys(usual) | record["settings"]))
+
+
+def read_record(path):
+    """Read a run.json. UserError if the file is missing, damaged, or lacks a key."""
+    record = read_json(path, (*BEGUN, "history"))
+    technique = record["settings"].get("technique") if isinstance(record["settings"], dict) else None
+    if technique not in TECHNIQUES:
+        raise UserError(f"{path} is damaged (technique {technique!r}): delete it and run again")
+    parts = {"settings": recorded(Namespace(**defaults(technique)))}
+    parts |= {"machine": PARTS["machine"]} if "failed" in record else PARTS
+    for part, keys in parts.items():
+        content = record.get(part)
+        missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+        if missing:
+            raise UserError(f"{path} is damaged ({part} lacks {', '.join(missing)}): delete it and run again")
+    return record
+
+
+# -- tensors ----------------------------------------------------------------------------------------------
 
 def digest(tensors):
-    """A hash of all tensors: safetensors has none of its own, and a flipped bit in a weight is still a weight."""
+    """A hash of all tensors. safetensors has no checksum, and a flipped bit in a weight is still a weight."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         total.update(name.encode())
@@ -55,61 +80,29 @@ def digest(tensors):
 
 
 def write_tensors(path, tensors, about=None):
-    """Save named tensors, and with them anything that fits JSON."""
+    """Save named tensors and, with them, anything that fits JSON."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    label = json.dumps({"sha256": digest(tensors), "about": about})  # one key: the order of several is random
-    with whole(path) as aside:
-        save_file(tensors, aside, {"minipeft": label})
+    label = json.dumps({"sha256": digest(tensors), "about": about})
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, {"minipeft": label})
 
 
 def read_tensors(path):
-    """(tensors, about) as written. ValueError if the file is damaged, FileNotFoundError."""
+    """Read (tensors, about). UserError if the file is missing, damaged or not written by `write_tensors`."""
     tensors, metadata = read_safetensors(path)
-    label = json.loads(metadata.get("minipeft", "{}"))
-    if label.get("sha256") != digest(tensors):
-        raise ValueError(f"{path} is damaged (its content does not match its hash): train again with --overwrite")
-    return tensors, label["about"]
-
-
-# -- the model of a run -----------------------------------------------------------------------------------
-
-def build(settings, classes, weights):
-    """The untrained classifier that `settings`, a dict as in settings.json, describe.
-
-    The technique comes first and freezes the encoder, the head after it. The seed is set anew before the
-    head, so that every technique starts with the same one.
-    """
-    method = settings["method"]
-    encoder = load_bert(weights, dropout=settings.get("dropout", 0.0))
-    layers = len(encoder.layers)
-    top = settings.get("top_layers") or layers
-    if top > layers:
-        raise ValueError(f"--top-layers {top}: the encoder has only {layers} layers")
-    part = encoder if top == layers else encoder.layers[layers - top:]  # a technique may have the top blocks only
-    torch.manual_seed(settings["seed"])
-    if method != "full" or top < layers:
-        freeze(encoder)
-    if method == "adapter":
-        add_adapters(part, settings["targets"], settings["bottleneck"], settings["init_std"], settings["norms"])
-    elif method == "lora":
-        add_lora(part, settings["targets"], settings["rank"], settings["alpha"], settings["lora_dropout"],
-                 settings["rslora"])
-    elif method == "bitfit":
-        train_biases(part)
-    elif method == "full":
-        part.requires_grad_(True)
-    torch.manual_seed(settings["seed"])
-    return Classifier(encoder, classes, settings["pooling"], settings["head_dropout"])
-
-
-def trained(model):
-    """The parameters that training moves, by name: all that has to be saved."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        label = json.loads(metadata["minipeft"])
+        expected, about = label["sha256"], label["about"]
+    except (KeyError, ValueError, TypeError):
+        raise UserError(f"{path} is damaged or not of this program: delete it and run again") from None
+    if expected != digest(tensors):
+        raise UserError(f"{path} is damaged (its content does not match its hash): delete it and run again")
+    return tensors, about
 
 
 @torch.no_grad()
 def fill(model, tensors, path):
-    """Load saved tensors into the trainable parameters. ValueError lists what is missing, unexpected or misshaped."""
+    """Copy saved tensors into the trained parameters. UserError lists what is missing, unexpected or misshaped."""
     expected = trained(model)
     check_tensors(path, tensors, expected)
     for name, parameter in expected.items():
@@ -117,63 +110,135 @@ def fill(model, tensors, path):
 
 
 def open_run(folder, weights=None):
-    """A finished run as a model ready for use: (model in eval mode, settings, folder of the base weights).
+    """Open a finished run: (model in eval mode, record, folder of the base weights).
 
-    Needs the run's folder and the base weights it was trained on. Raises ValueError for other base weights and
-    for damaged files, FileNotFoundError.
+    Needs the run's folder and the base weights that it was trained on. Raises UserError if the run is not
+    finished, if files are damaged, or for other base weights.
     """
     folder = Path(folder)
-    if not (folder / FINISHED).is_file():
-        raise FileNotFoundError(f"{folder} holds no finished run (it has no {FINISHED}); train.py makes one, and "
-                                "goes on with an unfinished one with --resume")
-    settings = read_json(folder / "settings.json")
-    weights = find_weights(weights or settings["weights"])
-    check_weights(folder, settings, hash_weights(weights))
-    model = build(settings, len(settings["classes"]), weights)
-    path = folder / "model.safetensors"
-    fill(model, read_tensors(path)[0], path)
-    return model.eval(), settings, weights
+    if not (folder / RECORD).is_file():
+        raise UserError(f"{folder} holds no finished run (no {RECORD}); train.py makes one, and continues an "
+                        "unfinished one with --resume")
+    record = read_record(folder / RECORD)
+    if "failed" in record:
+        raise UserError(f"{folder} holds a failed run: {record['failed']}")
+    settings = settings_of(record)
+    weights = find_weights(weights or settings.weights)
+    check_weights(folder, record, hash_weights(weights))
+    model = build(settings, len(record["classes"]), weights)
+    tensors, _ = read_tensors(folder / "model.safetensors")
+    fill(model, tensors, folder / "model.safetensors")
+    return model.eval(), record, weights
 
 
-def check_weights(folder, settings, hashes):
-    """ValueError if a run was trained on other base weights than those with these hashes."""
-    other = [name for name in hashes if hashes[name] != settings["weights_sha256"][name]]
+def check_weights(folder, record, hashes):
+    """UserError if a run was trained on other base weights than those with these hashes."""
+    other = [name for name in hashes if hashes[name] != record["weights_sha256"].get(name)]
     if other:
-        raise ValueError(f"{folder} was trained on other base weights ({', '.join(other)} differ): name those with "
-                         "--weights")
+        raise UserError(f"{folder} was trained on other base weights ({', '.join(other)} differ): name the right ones "
+                        "with --weights")
 
 
-# -- the folder of a run ----------------------------------------------------------------------------------
+# -- the folder -------------------------------------------------------------------------------------------
 
-def begin(folder, facts, resume, overwrite):
-    """Make the folder of a run, or check that it holds the beginning of this one. Returns whether it is finished.
+def lock_file(file):
+    """Take the system's exclusive lock on an open file; OSError if another process holds it."""
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        import msvcrt
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
-    facts: everything that decides what the run does; settings.json holds it. Raises ValueError, and changes
-    nothing, if there is another run and neither `resume` nor `overwrite` fits.
+
+@contextmanager
+def locked(folder):
+    """Hold `folder` for this process. UserError if another process holds it.
+
+    The system releases the lock of a process that was killed, so a lock file that is left over holds nothing.
     """
+    path = Path(folder) / "lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be used as a folder ({error.strerror})") from error
+    try:
+        lock_file(file)
+    except OSError:
+        file.seek(0)
+        owner = file.read().strip()
+        file.close()
+        raise UserError(f"--out {folder} is in use by another process ({owner}): wait for it or choose another") from None
+    file.truncate(0)
+    file.write(f"pid {os.getpid()}")
+    file.flush()
+    try:
+        yield
+    finally:
+        file.close()
+        path.unlink(missing_ok=True)
+        if not any(path.parent.iterdir()):  # a mistake was found before the first write
+            path.parent.rmdir()
+
+
+def find_run(folder):
+    """(record, whether it is finished) of the run in `folder`, or (None, False) if there is none."""
     folder = Path(folder)
-    for part in folder.glob("*.part"):  # what a kill in the middle of writing left
-        part.unlink()
-    if resume:
-        if not (folder / "settings.json").is_file():
-            raise ValueError(f"--resume: {folder} holds no run; leave --resume out to begin one")
-        before = read_json(folder / "settings.json")
-        check_weights(folder, before, facts["weights_sha256"])
-        differ = [f"{key} was {before.get(key)!r} and is {facts.get(key)!r}" for key in {**before, **facts}
-                  if before.get(key) != facts.get(key) and key not in ("weights", "data", "test")]  # their hashes count
-        if differ:
-            raise ValueError(f"--resume: {folder} was begun differently: {'; '.join(differ)}")
-        return (folder / FINISHED).is_file()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not overwrite:
-            raise ValueError(f"{folder} is there already: --resume goes on with it, --overwrite replaces it, "
-                             "--out FOLDER goes elsewhere")
-        if not (folder / "settings.json").is_file():
-            raise ValueError(f"--overwrite: {folder} holds no run, so it is left alone; use another --out")
-        for name in FILES:
+    if (folder / RECORD).is_file():
+        return read_record(folder / RECORD), True
+    if not (folder / STATE).is_file():
+        return None, False
+    record = read_tensors(folder / STATE)[1]
+    if not isinstance(record, dict) or any(key not in record for key in (*BEGUN, "progress")):
+        raise UserError(f"{folder / STATE} is damaged (keys are missing): delete it and run again")
+    return record, False
+
+
+def keep_machine(settings):
+    """If a run resumes, replace --device and --precision "auto" by what it began with: a new choice may differ."""
+    before, _ = find_run(settings.out) if settings.resume else (None, False)
+    for name in ("device", "precision"):
+        if before and getattr(settings, name) == "auto":
+            setattr(settings, name, before["machine"][name])
+
+
+def check_same_run(folder, before, record):
+    """UserError, with the differences, unless `before` began as `record` does. Returns warnings, as lines."""
+    check_weights(folder, before, record["weights_sha256"])
+    old, new = ({**run["settings"], "classes": run["classes"], "data": run["data_sha256"], "test": None,
+                 "device": run["machine"]["device"], "precision": run["machine"]["precision"]} for run in (before, record))
+    differ = [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in old | new
+              if old.get(key) != new.get(key) and key != "weights"]  # hashes decide, not paths
+    if differ:
+        raise UserError(f"--resume: {folder} was begun differently: {'; '.join(differ)}")
+    there, here = before["machine"] | before["versions"], record["machine"] | record["versions"]
+    return [f"warning: this run began with {key} {there.get(key)} and resumes with {here[key]}: the last bits may differ"
+            for key in here if there.get(key) != here[key]]
+
+
+def begin(folder, record, resume, overwrite):
+    """Decide how a run starts. Returns (finished record or None, warnings); if it raises, nothing has changed.
+
+    record: the keys BEGUN. Raises UserError if the folder holds something that `resume` and `overwrite` are not for.
+    Only files that a run of ours has written are deleted.
+    """
+    folder, (before, finished) = Path(folder), find_run(folder)
+    if before is None:
+        others = sorted(path.name for path in folder.iterdir() if path.name != "lock")
+        if others:
+            raise UserError(f"--out {folder} holds other files ({', '.join(others[:3])}) and no run: choose another folder")
+        return None, [f"no unfinished run in {folder}: starting at the first step"] if resume else []
+    if not (resume or overwrite):
+        raise UserError(f"{folder} holds a run already: --resume continues it, --overwrite replaces it, "
+                        "--out FOLDER goes elsewhere")
+    warnings = check_same_run(folder, before, record) if resume else []
+    for name in FILES:
+        for left in folder.glob(f"{name}.*.part"):  # of a process that was killed while it wrote
+            left.unlink()
+        if not resume:
             (folder / name).unlink(missing_ok=True)
-    write_json(folder / "settings.json", facts)
-    return False
+    return before if resume and finished else None, warnings
 
 
 # -- the state of an unfinished run -----------------------------------------------------------------------
@@ -181,25 +246,43 @@ def begin(folder, facts, resume, overwrite):
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
 
 
-def save_state(path, model, optimizer, progress):
-    """Everything that decides what the rest of a run does. Batches and dropout follow from the seed and the step."""
+def save_state(folder, model, optimizer, record, progress):
+    """Save all that decides the rest of a run. Batches and dropout follow from the seed and the step."""
     tensors = {}
     for name, parameter in trained(model).items():
         tensors["model." + name] = parameter
         for moment in MOMENTS:
             tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    write_tensors(path, tensors, progress)
+    write_tensors(Path(folder) / STATE, tensors, record | {"progress": progress})
 
 
 @torch.no_grad()
-def load_state(path, model, optimizer):
-    """Put a saved state back, and return its `progress`. ValueError if it is damaged or of another model."""
-    tensors, progress = read_tensors(path)
+def load_state(folder, model, optimizer):
+    """Restore a saved state and return its progress. UserError if it is damaged or of another model."""
+    path = Path(folder) / STATE
+    tensors, about = read_tensors(path)
     expected = {f"{kind}.{name}": parameter for name, parameter in trained(model).items()
                 for kind in ("model", *MOMENTS)}
     check_tensors(path, tensors, expected)
+    progress = about["progress"]
     for name, parameter in trained(model).items():
         parameter.copy_(tensors["model." + name])
         optimizer.state[parameter] = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS}
         optimizer.state[parameter]["step"] = torch.tensor(float(progress["step"]), device=parameter.device)
     return progress
+
+
+# -- the files of a finished run --------------------------------------------------------------------------
+
+def write_predictions(path, record):
+    """Write dev and test predictions of a record as a table: set, line, label, prediction, probabilities."""
+    classes = record["classes"]
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["set", "line", "label", "prediction", *(f"p({name})" for name in classes)])
+        for part in ("dev", "test"):
+            rows = record[part]
+            probabilities = torch.tensor(rows["logits"], dtype=torch.float64).softmax(1).tolist()
+            for line, label, row in zip(rows["lines"], rows["labels"], probabilities):
+                best = classes[max(range(len(row)), key=row.__getitem__)]
+                writer.writerow([part, line, classes[label], best, *(f"{value:.4f}" for value in row)])

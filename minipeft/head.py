@@ -1,56 +1,77 @@
-"""Head tuning: freeze the encoder, train the last two layers, the classification head.
+"""Head tuning and BitFit: freeze the encoder, train a new classification head, or the biases as well.
 
-It is the cheapest technique and the floor the others have to beat. The same head sits on top of every
-technique, so this file also holds the classifier: encoder + head. It needs torch only: copy it as it is.
+Head tuning is the cheapest technique and the baseline of the others. The same head is used with every technique, so
+this file also defines the classifier: encoder + head. It needs only torch: copy it as it is.
 """
+import warnings
+
 import torch
 from torch import nn
 
 
-def freeze(encoder):
-    """Train nothing of `encoder`. That is all head tuning does to it: no module is swapped, so returns []."""
-    encoder.requires_grad_(False)
+def named(model, target):
+    """Return {name: module}: the modules called `target` or ending in "." + `target`; shared ones under each name."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if f".{name}".endswith(f".{target}")}
+
+
+def freeze(model, train=()):
+    """Freeze `model` in place, except the modules that `train` names by dotted suffix. Return []: nothing is swapped.
+
+    Raise ValueError, and change nothing, for a name without a module. Warn if a module called `classifier` or `score`
+    is frozen: a new head would stay at its random initialisation.
+    """
+    kept = []
+    for name in [train] if isinstance(train, str) else train:
+        found = named(model, name)
+        if not found:
+            raise ValueError(f"train={name!r} matches no module; the model consists of: "
+                             f"{', '.join(dict(model.named_children()))}")
+        kept += found.values()
+    model.requires_grad_(False)
+    for module in kept:
+        module.requires_grad_(True)
+    for name, head in (named(model, "classifier") | named(model, "score")).items():
+        if not all(parameter.requires_grad for parameter in head.parameters()):
+            warnings.warn(f"{name} is frozen; if it is a new head, pass train=({name!r},)", stacklevel=3)
     return []
 
 
-def train_biases(encoder):
-    """Train the biases of `encoder` and nothing else: BitFit (Ben Zaken et al. 2021, arXiv 2106.10199).
-
-    Not one of the three techniques but their cheapest rival. No module is swapped; returns the names of the biases.
-    """
-    biases = {name: parameter for name, parameter in encoder.named_parameters() if name.endswith("bias")}
-    encoder.requires_grad_(False)
-    for parameter in biases.values():
-        parameter.requires_grad_(True)
+def train_biases(model, train=()):
+    """Freeze `model` except its biases and the modules that `train` names: BitFit (Ben Zaken et al. 2021, arXiv
+    2106.10199). Return the names of the biases, which keep their dtype. Raise ValueError if there are none."""
+    biases = {name: parameter for name, parameter in model.named_parameters() if name.endswith("bias")}
+    if not biases:
+        raise ValueError("the model has no biases to train")
+    freeze(model, train)
+    for bias in biases.values():
+        bias.requires_grad_(True)
     return list(biases)
 
 
 def pool(hidden, attention_mask=None, pooling="mean"):
-    """One vector a sentence: (batch, length, hidden) -> (batch, hidden).
+    """Return one fp32 vector a sentence: (batch, length, hidden) -> (batch, hidden).
 
-    "mean" averages the tokens that `attention_mask` (batch, length; 1 = token) says are there; "cls" takes
-    the first token, BERT's [CLS].
+    "mean" averages the tokens where `attention_mask`, (batch, length), is 1; "cls" takes the first token, [CLS].
     """
+    hidden = hidden.float()  # a sum over a sentence in bf16 would keep three digits
     if pooling == "cls":
         return hidden[:, 0]
     if attention_mask is None:
         return hidden.mean(1)
-    mask = attention_mask[:, :, None].to(hidden.dtype)
+    mask = attention_mask[:, :, None].float()
     return (hidden * mask).sum(1) / mask.sum(1)
 
 
 class Head(nn.Module):
-    """dense -> tanh -> dropout -> classifier: the head of BERT and RoBERTa for classification.
-
-    hidden_size x hidden_size + hidden_size x classes weights, and the biases.
-    """
+    """The classification head of BERT and RoBERTa: dense -> tanh -> dropout -> classifier."""
 
     def __init__(self, hidden_size, classes, dropout=0.1, init_std=0.02):
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(hidden_size, classes)
-        for linear in (self.dense, self.classifier):  # as BERT draws every new layer
+        for linear in (self.dense, self.classifier):  # BERT's initialisation of new layers
             nn.init.normal_(linear.weight, std=init_std)
             nn.init.zeros_(linear.bias)
 
@@ -60,35 +81,36 @@ class Head(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Encoder + pooling + head.
+    """Encoder + pooling + head. Build it after a technique has been applied to the encoder: the head then stays
+    trainable and is not wrapped.
 
-    Build it after a technique has been applied to the encoder: a technique freezes all that it is given, so
-    a head made afterwards is trainable, counted and saved, and cannot be wrapped by accident.
-
-    encoder: maps (input_ids, attention_mask) to (batch, length, hidden). hidden_size: asked of
-    `encoder.config` if not given. With pooling="cls" and an encoder that has a `pooler`, the head's dense
-    layer starts as that pooler, and the whole is BertForSequenceClassification. Either way the pooler then
-    leaves the encoder, where it would be an unused layer. Raises ValueError for another pooling.
+    encoder: called as encoder(input_ids, attention_mask=mask); returns (batch, length, hidden), or an object that has
+    it as `last_hidden_state`, as Hugging Face encoders do. It is not changed. hidden_size: that of `encoder.config` if
+    not given. With pooling="cls" the head's dense layer starts as a copy of the encoder's pooler, if it has one: the
+    whole is then BertForSequenceClassification. Raises ValueError for another pooling.
     """
 
     def __init__(self, encoder, classes, pooling="mean", dropout=0.1, hidden_size=None):
         super().__init__()
         if pooling not in ("mean", "cls"):
-            raise ValueError(f'pooling is "mean" or "cls", not {pooling!r}')
+            raise ValueError(f'pooling must be "mean" or "cls", not {pooling!r}')
         self.encoder = encoder
         self.pooling = pooling
         self.head = Head(hidden_size or encoder.config.hidden_size, classes, dropout)
-        if getattr(encoder, "pooler", None) is not None:
-            if pooling == "cls":
-                self.head.dense.load_state_dict(encoder.pooler.state_dict())
-            encoder.pooler = None
+        pooler = getattr(encoder, "pooler", None)
+        pooler = getattr(pooler, "dense", pooler)  # Hugging Face's pooler is a module around the layer
+        if pooling == "cls" and hasattr(pooler, "weight"):
+            with torch.no_grad():
+                self.head.dense.weight.copy_(pooler.weight)
+                self.head.dense.bias.copy_(pooler.bias)
 
     def features(self, input_ids, attention_mask=None):
-        """What the head sees: (batch, length) -> (batch, hidden), in fp32."""
-        return pool(self.encoder(input_ids, attention_mask).float(), attention_mask, self.pooling)
+        """Return the input of the head: (batch, length) -> (batch, hidden), in fp32."""
+        output = self.encoder(input_ids, attention_mask=attention_mask)
+        return pool(getattr(output, "last_hidden_state", output), attention_mask, self.pooling)
 
     def forward(self, input_ids, attention_mask=None):
         """(batch, length) -> logits (batch, classes)"""
         features = self.features(input_ids, attention_mask)
-        with torch.autocast(features.device.type, enabled=False):  # the head is small: full precision costs nothing
+        with torch.autocast(features.device.type, enabled=False):  # the head is small: full precision is cheap
             return self.head(features)

@@ -1,38 +1,14 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685), on any model made of nn.Linear.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) for any model made of nn.Linear, or of transformers' Conv1D (GPT-2).
 
-The update of a weight matrix is learnt as a product of two thin matrices, which can be merged into the weight
-afterwards. This file needs torch only: copy it as it is.
+The update of a weight matrix is learnt as a product of two thin matrices, which can be merged into the weight after
+training. This file needs only torch: copy it as it is, call add_lora, train the parameters that require a gradient.
 """
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
-
-
-class LowRankLinear(torch.autograd.Function):
-    """y = x W^T + b + (x A^T) B^T for frozen W and b, with the gradient worked out by hand:
-
-        dx = dy W + (dy B) A,    dA = (dy B)^T x,    dB = dy^T (x A^T)
-
-    Autograd arrives at the same, but makes a large tensor of each term and then adds them up. Here the
-    second matrix product of a sum adds to the first where it lies. x is (n, in), A (rank, in), B (out, rank).
-    """
-
-    @staticmethod
-    def forward(ctx, x, W, b, A, B):
-        low_rank = x @ A.T  # (n, rank)
-        ctx.save_for_backward(x, W, A, B, low_rank)
-        return F.linear(x, W, b).addmm_(low_rank, B.T)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, W, A, B, low_rank = ctx.saved_tensors
-        d_low_rank = dy @ B
-        dx = (dy @ W).addmm_(d_low_rank, A) if ctx.needs_input_grad[0] else None
-        return dx, None, None, d_low_rank.T @ x, (low_rank.T @ dy).T
 
 
 class LoRALinear(nn.Module):
@@ -40,112 +16,169 @@ class LoRALinear(nn.Module):
 
         h = W0 x + b0 + scaling B A x,    scaling = alpha / rank
 
-    A is (rank, in_features), B (out_features, rank): rank x (in + out) new parameters. A starts
-    Kaiming-uniform, as in the authors' code (the paper says Gaussian), and B at zero: the first output is
-    that of the base layer, exactly. rslora=True scales by alpha / sqrt(rank) instead (Kalajdzievski 2023,
-    arXiv 2312.03732). Dropout applies to what LoRA sees, not to what the base layer sees.
+    A is (rank, in_features), B (out_features, rank): rank x (in + out) new parameters, in fp32. A starts
+    Kaiming-uniform, as in the authors' code (the paper says Gaussian), B at zero, so the first output is that of the
+    base layer. rslora: scaling = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732). Dropout acts on the input
+    of A only. Raises ValueError for a rank below 1.
     """
 
     def __init__(self, linear, rank=8, alpha=16, dropout=0.0, rslora=False):
         super().__init__()
         if rank < 1:
-            raise ValueError(f"rank is at least 1, not {rank}")
+            raise ValueError(f"rank must be at least 1, not {rank}")
         self.linear = linear
-        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # nn.Linear's own start: within 1 / sqrt(in_features)
+        self.transposed = type(linear).__name__ == "Conv1D"  # transformers' layer: its weight is (in, out)
+        inputs, outputs = linear.weight.shape if self.transposed else (linear.in_features, linear.out_features)
+        self.lora_A = nn.Parameter(linear.weight.new_empty(rank, inputs, dtype=torch.float32))
+        self.lora_B = nn.Parameter(linear.weight.new_zeros(outputs, rank, dtype=torch.float32))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear's weight: within 1 / sqrt(in_features)
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        """(..., in_features) -> (..., out_features)"""
-        dropout = self.training and self.dropout.p > 0
-        if dropout or any(parameter.requires_grad for parameter in self.linear.parameters()):
-            # The equation as it stands. Else the same, faster: LowRankLinear has but one x, and no gradient for W0.
-            low_rank = F.linear(self.dropout(x), self.lora_A) * self.scaling  # (..., rank)
-            return self.linear(x) + F.linear(low_rank, self.lora_B)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        y = LowRankLinear.apply(x.to(dtype).reshape(-1, x.shape[-1]), self.linear.weight.to(dtype), self.bias,
-                                self.lora_A.to(dtype), (self.scaling * self.lora_B).to(dtype))
-        return y.view(*x.shape[:-1], y.shape[-1])
+        """(..., in_features) -> (..., out_features), in the dtype of the base layer's output"""
+        h = self.linear(x)
+        low_rank = F.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)  # (..., rank)
+        return h + F.linear(self.scaling * low_rank, self.lora_B).to(h.dtype)
 
     @property
     def weight(self):
-        """W0 + scaling B A, (out_features, in_features): for merging, and for code such as
-        nn.MultiheadAttention that reads the weight of a child instead of calling it."""
-        update = self.scaling * self.lora_B @ self.lora_A
-        return self.linear.weight + update.to(self.linear.weight.dtype)
+        """The merged weight W0 + scaling B A, computed in fp32, rounded once. torch's fused encoder reads it."""
+        update = self.scaling * self.lora_B.float() @ self.lora_A.float()
+        return (self.linear.weight + (update.T if self.transposed else update)).to(self.linear.weight.dtype)
 
     @property
     def bias(self):
         return self.linear.bias
 
 
-def matching(model, targets, kind):
-    """The names in `model` that equal one of `targets` or end in "." + it, each of type `kind`.
+def named(model, target):
+    """Return {name: module}: the modules called `target` or ending in "." + `target`; shared ones under each name."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if f".{name}".endswith(f".{target}")}
 
-    Raises ValueError, which lists what could have matched, for a target without a match or of another type.
+
+def freeze(model, train=()):
+    """Freeze `model` in place, except the modules that `train` names by dotted suffix. Return []: nothing is swapped.
+
+    Raise ValueError, and change nothing, for a name without a module. Warn if a module called `classifier` or `score`
+    is frozen: a new head would stay at its random initialisation.
     """
-    modules = dict(model.named_modules())
-    found = {}
-    for target in targets:
-        names = [name for name in modules if name == target or name.endswith("." + target)]
-        wrong = [f"{name} is a {type(modules[name]).__name__}" for name in names if not isinstance(modules[name], kind)]
-        if wrong or not names:
-            could = sorted({name.rpartition(".")[2] for name in modules if isinstance(modules[name], kind)})
-            raise ValueError(f"target {target!r} " + ("matches nothing" if not names else "fits no " + kind.__name__)
-                             + f" ({'; '.join(wrong[:3])})" * bool(wrong)
-                             + f"; the {kind.__name__} modules here end in: {', '.join(could)}")
-        found.update(dict.fromkeys(names))
-    return list(found)
+    kept = []
+    for name in [train] if isinstance(train, str) else train:
+        found = named(model, name)
+        if not found:
+            raise ValueError(f"train={name!r} matches no module; the model consists of: "
+                             f"{', '.join(dict(model.named_children()))}")
+        kept += found.values()
+    model.requires_grad_(False)
+    for module in kept:
+        module.requires_grad_(True)
+    for name, head in (named(model, "classifier") | named(model, "score")).items():
+        if not all(parameter.requires_grad for parameter in head.parameters()):
+            warnings.warn(f"{name} is frozen; if it is a new head, pass train=({name!r},)", stacklevel=3)
+    return []
 
 
-def swap(model, name, module):
-    """Put `module` in the place of the one called `name`."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+def is_linear(module):
+    """Recognise nn.Linear, and transformers' Conv1D (GPT-2): a linear layer whose weight is (in, out)."""
+    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+
+
+def matching(model, targets, fits):
+    """Return the modules that `targets` name by dotted suffix, each once. Raise ValueError, with the names that could
+    match, for a target that matches nothing, a parameter, or a module that cannot be wrapped (`fits` is false)."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = []
+    for target in [targets] if isinstance(targets, str) else targets:
+        matches = named(model, target)
+        problems = [f"{name} is a parameter, not a module (nn.MultiheadAttention packs q, k and v in one)"
+                    for name, _ in model.named_parameters() if f".{name}".endswith(f".{target}")]
+        for name, module in matches.items():
+            if not fits(module):
+                problems.append(f"{name} is a {type(module).__name__}")
+            elif isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
+                problems.append(f"{name} is never called: nn.MultiheadAttention reads its weight instead")
+        if problems or not matches:
+            endings = sorted({name.rpartition(".")[2] for name, module in modules.items() if fits(module)})
+            raise ValueError(f"target {target!r}: {'; '.join(problems[:3]) or 'matches nothing'}. "
+                             f"Modules that fit end in: {', '.join(endings)}")
+        found += matches.values()
+    return list(dict.fromkeys(found))
+
+
+def swap(model, replacements):
+    """Replace modules, given as {old: new}, under every name that they have in `model`. Return the names."""
+    modules = model.named_modules(remove_duplicate=False)
+    old = {name: module for name, module in modules if module in replacements}
+    for name, module in old.items():
+        model.set_submodule(name, replacements[module])
+    return list(old)
+
+
+def load(parameters, state):
+    """Copy `state` into `parameters`, both {name: tensor}. Raise ValueError, and copy nothing, if a name or shape
+    differs."""
+    ours = {f"{name} {tuple(parameter.shape)}" for name, parameter in parameters.items()}
+    given = {f"{name} {tuple(tensor.shape)}" for name, tensor in state.items()}
+    if ours != given:
+        raise ValueError(f"missing: {', '.join(sorted(ours - given))}; unexpected: {', '.join(sorted(given - ours))}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
 
 
 def add_lora(model, targets=("query", "key", "value", "attention.output", "intermediate", "feed_forward.output"),
-             rank=8, alpha=16, dropout=0.0, rslora=False):
-    """Freeze `model` and put a LoRALinear in the place of every linear layer in `targets`.
+             rank=8, alpha=16, dropout=0.0, rslora=False, train=()):
+    """Freeze `model`, except the modules that `train` names, and wrap every linear layer in `targets` in a LoRALinear.
 
-    The default is every linear layer of the encoder in bert.py; the paper's choice is ("query", "value").
-    Returns the names of what was swapped. Raises ValueError, and changes nothing, if a target matches nothing
-    or a module that is not an nn.Linear, or if the model has LoRA already.
+    The default is every linear layer of the encoder in bert.py; the paper's choice is ("query", "value"). Names match
+    by dotted suffix. Return the names of the wrapped layers; a layer with several names gets one wrapper. Raise
+    ValueError, and change nothing, if a name does not match, no layer is named, or the model has LoRA already.
     """
-    already = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
-    if already:
-        raise ValueError(f"the model has LoRA already ({', '.join(already[:3])}, ...): "
-                         "call merge_lora or remove_lora first")
-    names = matching(model, targets, nn.Linear)
-    wrapped = {name: LoRALinear(model.get_submodule(name), rank, alpha, dropout, rslora) for name in names}
-    model.requires_grad_(False)  # what is not yet in the model stays trainable
-    for name in names:
-        swap(model, name, wrapped[name])
-    return names
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("the model has LoRA already: call merge_lora or remove_lora first")
+    wrappers = {layer: LoRALinear(layer, rank, alpha, dropout, rslora) for layer in matching(model, targets, is_linear)}
+    if not wrappers:
+        raise ValueError("targets is empty: name at least one linear layer")
+    freeze(model, train)  # before the swap: A and B are not in the model yet and stay trainable
+    return swap(model, wrappers)
 
 
 def remove_lora(model):
-    """Give back the base model, bit for bit, and still frozen. Returns the names of what was swapped back."""
-    names = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
-    for name in names:
-        swap(model, name, model.get_submodule(name).linear)
-    return names
+    """Put the base layers back, bit for bit and still frozen. Return their names."""
+    return swap(model, {module: module.linear for module in model.modules() if isinstance(module, LoRALinear)})
 
 
 @torch.no_grad()
 def merge_lora(model):
-    """Add every update to its weight (W = W0 + scaling B A) and give back plain linear layers.
+    """Add every update to its weight and put plain layers back under their old names. Return the names.
 
-    The output stays what it was, up to rounding, and costs no more than the base model's. Without LoRA in the
-    model, as after a first call, it does nothing. Returns the names of what was merged.
+    A second call is a no-op. Each merged weight is a new parameter: an embedding tied to the old one does not change.
+    Raise ValueError, and change nothing, for a layer that computes more than W x + b (a subclass with its own forward).
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
-    for name in names:
-        lora = model.get_submodule(name)
-        lora.linear.weight.copy_(lora.weight)
-        swap(model, name, lora.linear)
-    return names
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    for name, module in wrappers.items():
+        linear = module.linear
+        plain = module.transposed or getattr(linear.forward, "__func__", None) is nn.Linear.forward
+        if not plain or "weight" not in linear._parameters:  # a parametrized weight is computed, not stored
+            raise ValueError(f"cannot merge into {name} ({type(linear).__name__}): it computes more than W x + b")
+    for module in wrappers.values():
+        module.linear.weight = nn.Parameter(module.weight, requires_grad=module.linear.weight.requires_grad)
+    return remove_lora(model)
+
+
+def trained(model):
+    """Return {name: parameter}: every A and B, and all else that requires a gradient, such as a head in `train`."""
+    return {name: parameter for name, parameter in model.named_parameters()
+            if parameter.requires_grad or name.endswith(("lora_A", "lora_B"))}
+
+
+def lora_state(model):
+    """Return a copy of what was trained, {name: tensor}: every A and B, and the modules that `train` named."""
+    return {name: parameter.detach().clone() for name, parameter in trained(model).items()}
+
+
+def load_lora(model, state):
+    """Load the result of `lora_state` into a model after the same `add_lora`. All or nothing: see `load`."""
+    load(trained(model), state)

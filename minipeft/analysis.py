@@ -1,0 +1,317 @@
+"""What finished runs and built models tell without training: layers, spectra, forgetting, memory, inference.
+
+    python -m minipeft.analysis --out results --runs results/folders      claims 7, 11, 12 and 14
+    python -m minipeft.analysis --out results --latency                   claim 13, on a quiet machine
+
+Each function returns plain numbers. `main` writes them to analysis.json, with one row a claim, and draws figures.
+"""
+import copy
+import sys
+import timeit
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import checkpoint, data, download, plots, settings as options, stats
+from .adapter import AdapterLinear
+from .bert import load_bert
+from .files import UserError, read_json, write_json
+from .head import pool
+from .lora import merge_lora
+from .memory import SENTENCES, TOKENS, make_model, memory
+from .model import predict
+
+
+def read_data(record, weights):
+    """Read the data of a run again: (corpus, dev indices, test indices). UserError if the files have changed."""
+    from train import load_data
+    corpus, _, _, dev, test = load_data(checkpoint.settings_of(record), weights)
+    if [data.fingerprint(path) for path in corpus.files] != record["data_sha256"]:
+        raise UserError(f"{corpus.files[-1]}: the data have changed since the run; restore them or train again")
+    return corpus, dev, test
+
+
+# -- which layers matter ----------------------------------------------------------------------------------
+
+def layer_spans(folder, weights=None):
+    """Test accuracy of an adapter run without the adapters of layers first..last (Houlsby et al. 2019, figure 6, left).
+
+    Returns complete (per cent), matrix[first][last] (per cent, None where first > last), and paired differences in
+    points over the sentences of this run. Norms keep their trained values.
+    """
+    model, record, weights = checkpoint.open_run(folder, weights)
+    if not any(isinstance(module, AdapterLinear) for module in model.modules()):
+        raise UserError(f"{folder} is not a run with adapters")
+    corpus, _, test = read_data(record, weights)
+    sentences, layers = corpus.sentences(test), len(model.encoder.layers)
+
+    def correct(first, last):  # (sentences,), 100 for a correct prediction
+        bare = copy.deepcopy(model)
+        for module in bare.encoder.layers[first:last + 1].modules():
+            if isinstance(module, AdapterLinear):
+                module.adapter = nn.Identity()
+        return 100.0 * (predict(bare, sentences).argmax(1) == corpus.labels[test])
+
+    complete, without, matrix = correct(0, -1), {}, [[None] * layers for _ in range(layers)]
+    for first in range(layers):
+        for last in range(first, layers):
+            without[first, last] = correct(first, last)
+            matrix[first][last] = float(without[first, last].mean())
+    worst, half = min(range(layers), key=lambda layer: matrix[layer][layer]), layers // 2
+    pairs = {"worst single layer": without[worst, worst] - complete,
+             "all layers": without[0, layers - 1] - complete,
+             "lower half instead of upper half": without[0, half - 1] - without[half, layers - 1]}
+    differences = {name: vars(stats.paired_sentences(pair, comparisons=layers + 2)) for name, pair in pairs.items()}
+    return {"complete": float(complete.mean()), "matrix": matrix, "sentences": len(test), "worst": worst,
+            "differences": differences}
+
+
+# -- the spectrum of the update ---------------------------------------------------------------------------
+
+def rank_of_energy(values, share=0.9):
+    """The smallest r with s_1^2 + ... + s_r^2 >= share of the sum over all singular values (largest first)."""
+    energy = np.square(np.asarray(values, dtype=float)).cumsum()
+    return int(np.searchsorted(energy, share * energy[-1] * (1 - 1e-12)) + 1)
+
+
+def intruders(before, after, top=10, cosine=0.5):
+    """How many of the `top` left singular vectors of `after` are unlike all those of `before`: the largest absolute
+    cosine is below `cosine` (intruder dimensions, Shuttleworth et al. 2024, arXiv 2410.21228)."""
+    old, new = (torch.linalg.svd(weight, full_matrices=False).U for weight in (before, after))
+    return int(((new[:, :top].T @ old).abs().amax(1) < cosine).sum())
+
+
+def update_spectrum(folder, weights=None):
+    """Singular values of W - W0 for each linear layer of the encoder, and intruder dimensions. {layer name: numbers}"""
+    model, _, weights = checkpoint.open_run(folder, weights)
+    merge_lora(model)
+    tuned, result = dict(model.encoder.named_modules()), {}
+    for name, layer in load_bert(weights).named_modules():
+        if isinstance(layer, nn.Linear) and name != "pooler":
+            linear = getattr(tuned[name], "linear", tuned[name])  # the base layer in an adapter's wrapper
+            before, after = layer.weight.detach().double(), linear.weight.detach().double()
+            values = torch.linalg.svdvals(after - before)
+            result[name] = {"values": values.tolist(), "rank": rank_of_energy(values),
+                            "intruders": intruders(before, after)}
+    return result
+
+
+# -- forgetting -------------------------------------------------------------------------------------------
+
+def spearman(a, b):
+    """Spearman's rank correlation: Pearson's of the ranks; equal values share their mean rank."""
+    def ranks(values):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (counts.cumsum() - (counts - 1) / 2)[inverse]
+
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
+def cosines(vectors):
+    """Cosine similarity of each pair of rows, the upper triangle: (n, width) -> (n (n - 1) / 2,)"""
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors @ vectors.T)[np.triu_indices(len(vectors), 1)]
+
+
+def similarity_kept(folder, weights=None, count=500, groups=10):
+    """How far the pretrained encoder's sentence similarities survive: Spearman's correlation of the pairwise cosines of
+    mean-pooled vectors of `count` dev sentences, before and after. Also in each of `groups` disjoint parts of them."""
+    model, record, weights = checkpoint.open_run(folder, weights)
+    corpus, dev, _ = read_data(record, weights)
+    sentences = corpus.sentences(np.random.default_rng(0).permutation(dev)[:count])
+    before, after = (predict(lambda ids, mask: pool(encoder(ids, mask), mask), sentences)
+                     for encoder in (load_bert(weights), model.encoder))
+    parts = np.array_split(np.arange(len(sentences)), groups)
+    return {"correlation": spearman(cosines(before), cosines(after)), "sentences": len(sentences),
+            "groups": [spearman(cosines(before[part]), cosines(after[part])) for part in parts]}
+
+
+# -- inference --------------------------------------------------------------------------------------------
+
+VARIANTS = {"base": "head", "base again": "head", "merged LoRA": "lora", "unmerged LoRA": "lora", "adapters": "adapter"}
+
+
+@torch.no_grad()
+def latency(weights, size, rounds=20, calls=20, tokens=TOKENS):
+    """Milliseconds for a batch of `size` sentences: {variant: [median of `calls` calls, for each round]}.
+
+    A round times all variants in turn. The difference between "base" and "base again" is noise.
+    """
+    models = {name: make_model(technique, weights).eval() for name, technique in VARIANTS.items()}
+    merge_lora(models["merged LoRA"])
+    ids, result = torch.full((size, tokens), 5), {name: [] for name in models}
+    for turn in range(rounds + 1):
+        for name, model in models.items():
+            seconds = timeit.repeat(lambda: model(ids), number=1, repeat=calls)
+            if turn:  # the first round warms up
+                result[name].append(1000 * float(np.median(seconds)))
+    return result
+
+
+# -- the claims -------------------------------------------------------------------------------------------
+
+def span(row, unit="points", digits=1):
+    """A paired difference in words, from the dict of a stats.Comparison."""
+    mean, low, high = (f"{row[key]:+.{digits}f}" for key in ("mean", "low", "high"))
+    return f"{mean} {unit} [{low}, {high}]"
+
+
+def claim_layers(found):
+    rows = found["differences"]
+    single, everything, halves = (span(row) for row in rows.values())
+    return {"claim": "adapters: no single layer matters much, all together do, lower layers less than upper ones",
+            "source": "Houlsby et al. 2019, section 3.6, figure 6 (left)",
+            "measured": f"one run, {found['sentences']:,} test sentences, {found['complete']:.1f} % with all adapters. "
+                        f"Removed: the worst single layer ({found['worst'] + 1}) {single}; all {everything}; the lower "
+                        f"half instead of the upper half {halves}",
+            "verdict": "one run. " + "; ".join(f"{name}: {row['word']}" for name, row in rows.items()),
+            "figure": "layers.png"}
+
+
+def mean_energy(found):
+    """The share of the energy that each singular value holds, largest first, as a mean over all matrices."""
+    squares = np.square([row["values"] for row in found.values()])
+    return (squares / squares.sum(1, keepdims=True)).mean(0)
+
+
+def claim_spectrum(found):
+    """found: {technique: result of update_spectrum}, with full and lora. All matrices have the same full rank."""
+    full, lora = mean_energy(found["full"]), mean_energy(found["lora"])
+    needed, rank = (rank_of_energy(np.sqrt(energy)) for energy in (full, lora))
+    most, count = int((lora > 1e-12).sum()), 10 * len(found["full"])
+    new = {name: sum(row["intruders"] for row in rows.values()) for name, rows in found.items()}
+    return {"claim": "the update of full fine-tuning is low-rank; LoRA has intruder dimensions, full has none",
+            "source": "Hu et al. 2021, section 4.1 (hypothesis); 2405.09673 (the opposite); 2410.21228 (intruders)",
+            "measured": f"one run each, mean over {len(found['full'])} matrices. 90 % of the update's energy needs "
+                        f"rank {needed} of {len(full)} (full) and {rank} of {most} (LoRA); the first {most} ranks hold "
+                        f"{full[:most].sum():.0%} of full fine-tuning's. Intruder dimensions among the top 10 of each "
+                        f"matrix: {new['full']} of {count} (full), {new['lora']} of {count} (LoRA)",
+            "verdict": f"one run each. The update needs {needed / len(full):.0%} of the ranks for 90 % of its energy: "
+                       f"{'low-rank' if needed <= 0.1 * len(full) else 'not low-rank'}, if low means at most 10 %. "
+                       f"Intruder dimensions: {new['lora']} with LoRA, {new['full']} with full fine-tuning",
+            "figure": "spectrum.png"}
+
+
+def claim_forgetting(found):
+    """found: {technique: result of similarity_kept}, with full and lora."""
+    pair = vars(stats.paired(np.subtract(found["lora"]["groups"], found["full"]["groups"]), overlap=0, margin=None))
+    each = "; ".join(f"{name} {row['correlation']:.3f}" for name, row in found.items())
+    return {"claim": "LoRA forgets less than full fine-tuning", "source": "2405.09673",
+            "measured": f"one run each. Rank correlation of sentence similarities with the untouched model (1), "
+                        f"{found['full']['sentences']} dev sentences: {each}. LoRA - full in {pair['runs']} groups of "
+                        f"sentences: {span(pair, '', 3)}",
+            "verdict": f"one run each. LoRA against full fine-tuning: {pair['word']}", "figure": None}
+
+
+def claim_memory(found):
+    """found: {technique: result of memory}, with full and lora; "run": the machine and step time of a run."""
+    full, lora = (found[name]["measured"] for name in ("full", "lora"))
+
+    def saved(*parts):
+        return f"{1 - sum(lora[part] for part in parts) / sum(full[part] for part in parts):.0%}"
+
+    states = ("weights", "gradients", "optimiser_states")
+    seconds, runs = "step time: no runs on one machine", [found[name].get("run") for name in ("full", "lora")]
+    if all(runs) and runs[0]["machine"] == runs[1]["machine"]:
+        one, other = (run["step_milliseconds"] for run in runs)
+        seconds = f"step time {one:.0f} ms (full), {other:.0f} ms (LoRA), {1 - other / one:.0%} less, one run each"
+    return {"claim": "LoRA needs up to two thirds less memory than full fine-tuning with Adam, and is 25 % faster",
+            "source": "Hu et al. 2021, section 4.2",
+            "measured": f"a step of {SENTENCES} x {TOKENS} tokens in fp32, counted: {saved(*states)} less for "
+                        f"weights, gradients and optimiser states; {lora['activations'] / full['activations']:.2f} "
+                        f"times the activations; together {saved(*states, 'activations')} less. "
+                        f"{saved('forward_flop', 'backward_flop')} fewer FLOP in matrix products; {seconds}",
+            "verdict": f"counted, no interval: {saved(*states)} less without activations, "
+                       f"{saved(*states, 'activations')} with them; {seconds}", "figure": "memory.png"}
+
+
+def claim_latency(found, processor):
+    """found: {size of a batch: result of latency}. Times against "base" are paired over rounds, in per cent of it."""
+    parts, words = [], []
+    for size, times in found.items():
+        base = np.array(times["base"])
+        middle = np.median(base)
+        parts.append(f"batch {size}: base {middle:.1f} ms ({1000 * size / middle:,.0f} sentences/s)")
+        for name in list(VARIANTS)[1:]:
+            pair = vars(stats.paired(100 * (np.array(times[name]) / base - 1), overlap=0, margin=None,
+                                     comparisons=len(found) * (len(VARIANTS) - 1), lower_is_better=True))
+            parts.append(f"{name} {span(pair, '%')}")
+            words.append(f"batch {size}, {name}: {pair['word']}")
+    return {"claim": "merged LoRA costs nothing in inference; adapters cost most at batch 1",
+            "source": "Hu et al. 2021, section 3 and table 1",
+            "measured": f"{processor}, {torch.get_num_threads()} threads, {TOKENS} tokens. {'; '.join(parts)}",
+            "verdict": f"time against the base model: {'; '.join(words)}", "figure": None}
+
+
+def find_runs(folder):
+    """One finished run a technique, {technique: folder}: that whose command line is nearest to the defaults."""
+    runs = {path.parent: checkpoint.read_record(path) for path in Path(folder).glob("*/run.json")}
+    finished = sorted((run for run in runs if "failed" not in runs[run]), key=lambda run: -len(runs[run]["command"]))
+    found = {runs[run]["settings"]["technique"]: str(run) for run in finished}  # the shortest command comes last
+    return {technique: found[technique] for technique in options.TECHNIQUES if technique in found}
+
+
+def analyse(out, runs=None, weights=None):
+    """Measure claims 7, 11, 12 and 14, as far as there are runs for them, and draw their figures. {name: section}"""
+    weights, folders, sections = download.find_weights(weights), find_runs(runs) if runs else {}, {}
+    if "adapter" in folders:
+        found = layer_spans(folders["adapter"], weights)
+        plots.heat_map(found["matrix"], found["complete"], out / "layers.png")
+        sections["layers"] = found | {"row": claim_layers(found)}
+    if {"full", "lora"} <= folders.keys():
+        found = {name: update_spectrum(folders[name], weights) for name in ("full", "lora")}
+        row = claim_spectrum(found)
+        plots.spectra({name: [layer.pop("values") for layer in layers.values()] for name, layers in found.items()},
+                      out / "spectrum.png")
+        sections["spectrum"] = found | {"row": row}
+        found = {name: similarity_kept(folder, weights) for name, folder in folders.items()}
+        sections["forgetting"] = found | {"row": claim_forgetting(found)}
+    found, bars = {name: memory(name, weights) for name in options.TECHNIQUES}, {}
+    for name, folder in folders.items():
+        record = checkpoint.read_record(Path(folder) / checkpoint.RECORD)
+        found[name]["run"] = {"command": record["command"], "machine": record["machine"],
+                              "step_milliseconds": record["metrics"]["step_milliseconds"]}
+    for name, row in found.items():
+        parts = {part: size / 1e6 for part, size in row["formula"].items()}
+        bars[name] = plots.Memory(**parts, measured=sum(row["measured"][part] for part in parts) / 1e6)
+    plots.memory(bars, out / "memory.png")
+    sections["memory"] = found | {"row": claim_memory(found)}
+    return sections
+
+
+def main(arguments=None):
+    """Write OUT/analysis.json: a section a claim, and "claims", the rows of the table. Returns the exit code."""
+    parser = options.Parser(prog="python -m minipeft.analysis", description="Measure what needs no training.")
+    parser.add_argument("--out", default="results", help="folder for analysis.json and figures (default: results)")
+    parser.add_argument("--runs", metavar="FOLDER", help="a folder of finished runs (default: measure memory only)")
+    parser.add_argument("--weights", metavar="FOLDER", help="the base weights of the runs")
+    parser.add_argument("--latency", action="store_true", help="measure inference only; needs a quiet machine")
+    given = parser.parse_args(arguments)
+    try:
+        path, command = Path(given.out) / "analysis.json", "python -m minipeft.analysis"
+        if given.latency:
+            from train import processor
+            found = {size: latency(download.find_weights(given.weights), size) for size in (1, SENTENCES)}
+            sections = {"latency": found | {"row": claim_latency(found, processor("cpu"))}}
+            command += " --latency"
+        else:
+            sections = analyse(Path(given.out), given.runs, given.weights)
+            if given.runs:
+                command += f" --runs {given.runs}"
+        for section in sections.values():
+            section["row"]["command"] = command
+        content = (read_json(path) if path.is_file() else {}) | sections
+        content["claims"] = [section["row"] for name, section in content.items() if name != "claims"]
+        write_json(path, content)
+        for row in content["claims"]:
+            print(f"\n{row['claim']} ({row['source']})\n  {row['measured']}\n  {row['verdict']}")
+        return 0
+    except UserError as error:
+        print(f"minipeft.analysis: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

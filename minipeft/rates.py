@@ -1,0 +1,105 @@
+"""The search of learning rates, on dev alone. A search has found {rate: {fold: (dev accuracy, dev loss)}}."""
+import math
+
+import numpy as np
+
+from . import plots
+from .files import write_json
+from .runs import load, make_run, train_missing
+from .studies import SEARCHES, Variant, label
+
+FOLDS = (0, 1, 2)
+
+
+def average(found):
+    """{rate: (mean accuracy, mean loss)} of the rates that were run on all folds."""
+    return {rate: tuple(np.mean(list(folds.values()), axis=0)) for rate, folds in sorted(found.items())
+            if len(folds) == len(FOLDS)}
+
+
+def choose(means):
+    """(rate of the accuracy rule, rate of the loss rule). means: {rate: (accuracy, loss)}
+
+    Accuracy rule: the most accurate rate among those whose double was tried and is at most 1 point less accurate.
+    Loss rule: the lowest loss.
+    """
+    robust = [rate for rate in means if 2 * rate in means and means[2 * rate][0] >= means[rate][0] - 0.01]
+    return (max(robust or means, key=lambda rate: (means[rate][0], -means[rate][1])),
+            min(means, key=lambda rate: means[rate][1]))
+
+
+def still_to_run(found, start):
+    """The (rate, fold) pairs that a search needs next; none if it is finished.
+
+    First fold 0 alone, by factors of 2, until the best rate by accuracy and by loss has neighbours on both sides. Then
+    all folds for the rates within 1.5 points of the best, their doubles, the lowest loss and its neighbours; in the end
+    also for the neighbours of both choices.
+    """
+    if not found:
+        return {(start * factor, 0) for factor in (0.5, 1, 2)}
+
+    def missing(rates, folds):
+        return {(rate, fold) for rate in rates for fold in folds if fold not in found.get(rate, {})}
+
+    first = {rate: folds[0] for rate, folds in sorted(found.items()) if 0 in folds}
+    accurate = max(first, key=lambda rate: (first[rate][0], -first[rate][1]))
+    lowest = min(first, key=lambda rate: first[rate][1])
+    close = [rate for rate in first if first[rate][0] >= first[accurate][0] - 0.015]
+    runs = missing([accurate / 2, accurate * 2, lowest / 2, lowest * 2], [0])
+    runs = runs or missing([*close, *(2 * rate for rate in close), lowest / 2, lowest, lowest * 2], FOLDS)
+    if runs:
+        return runs
+    means = average(found)
+    best = [max(means, key=lambda rate: means[rate][0]), *choose(means)]
+    return missing([rate * factor for rate in best for factor in (0.5, 1, 2)], FOLDS)
+
+
+def search(name, place, jobs=0):
+    """Search one learning rate; a failed run has accuracy 0. jobs 0: train nothing; None if records are missing."""
+    entry, found = SEARCHES[name], {}
+    while pairs := sorted(still_to_run(found, entry.start)):
+        runs = [make_run(place, Variant(name, entry.technique, {**entry.options, "lr": rate}), fold)
+                for rate, fold in pairs]
+        if jobs:
+            train_missing(runs, jobs)
+        for (rate, fold), run in zip(pairs, runs):
+            record = load(run)
+            if record is None:
+                return None
+            metrics = record.get("metrics", {"dev_accuracy": 0.0, "dev_loss": math.inf})
+            found.setdefault(rate, {})[fold] = metrics["dev_accuracy"], metrics["dev_loss"]
+    return found
+
+
+HEADING = ["", "rates tried", "accuracy rule", "mean dev accuracy", "at twice the rate", "loss rule",
+           "mean dev loss"]
+
+
+def points(found, measure, scale=1):
+    """The points of a curve. measure: 0 for accuracy, 1 for loss."""
+    return [plots.Point(rate, scale * np.mean([scores[measure] for scores in folds.values()]))
+            for rate, folds in sorted(found.items())]
+
+
+def publish(place):
+    """Write rates.json and rates.png from the complete searches, the figure without those on few sentences.
+
+    Returns ({name: {"accuracy": rate, "loss": rate}}, rows of a table, names of the figures drawn).
+    """
+    searches = {name: found for name in SEARCHES if (found := search(name, place))}
+    chosen, rows = {}, []
+    for name, found in searches.items():
+        means = average(found)
+        accurate, lowest = choose(means)
+        chosen[name] = {"accuracy": accurate, "loss": lowest}
+        rows.append([label(name), f"{min(found):g} to {max(found):g}", f"{accurate:g}", f"{means[accurate][0]:.1%}",
+                     f"{means[2 * accurate][0]:.1%}", f"{lowest:g}", f"{means[lowest][1]:.3f}"])
+    drawn = {name: found for name, found in searches.items() if "limit" not in SEARCHES[name].options}
+    if chosen:
+        write_json(place.out / "rates.json", chosen)
+    if drawn:
+        plots.rates({name: points(found, 0, 100) for name, found in drawn.items()},
+                    {name: points(found, 1) for name, found in drawn.items()},
+                    *({name: chosen[name][rule] for name in drawn} for rule in ("accuracy", "loss")),
+                    place.out / "rates.png")
+    return chosen, rows, ["rates.png"] if drawn else []

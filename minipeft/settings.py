@@ -1,0 +1,194 @@
+"""The table of techniques with their options and defaults, and the command line made from it.
+
+A technique is one row of TECHNIQUES here and one entry in model.py; the command line, the comparison and the
+plots loop over this table. Nothing slow is imported, so --help and typing errors are answered at once.
+"""
+import argparse
+import math
+import shlex
+from dataclasses import dataclass
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with whole option names only, and with mistakes reported in one line."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options,
+                         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100))
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the options)\n")
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a number between low and high, both included."""
+    def parse_number(text):
+        value = kind(text)
+        if not low <= value <= high:
+            allowed = f"between {low} and {high}" if high < math.inf else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"{text} is not {allowed}")
+        return value
+    parse_number.__name__ = "whole number" if kind is int else "number"  # for argparse's "invalid ... value"
+    return parse_number
+
+
+count, share, positive = number(int, 1), number(float, 0, 1), number(float, 1e-12)
+
+
+# -- techniques -------------------------------------------------------------------------------------------
+
+# How each technique option is written on the command line: arguments for argparse.
+OPTIONS = {
+    "targets": dict(nargs="+", metavar="NAME", help="the linear layers that are wrapped, by the end of their names"),
+    "rank": dict(type=count, metavar="R", help="rank of the update. Alpha does not move with it: --rank 64 scales the "
+                 "update by 16 / 64 = 0.25, which keeps a good learning rate good (Hu et al., section 4.1)"),
+    "alpha": dict(type=positive, metavar="X", help="the update is scaled by alpha / rank"),
+    "rslora": dict(help="scale by alpha / sqrt(rank) instead"),
+    "init_from": dict(metavar="FOLDER", help="start from a LoRA that peft saved in this folder; it decides the targets, "
+                      "rank, alpha and scaling, and its head, if it has one, is left out"),
+    "lora_dropout": dict(type=share, metavar="X", help="dropout on the input of the update"),
+    "bottleneck": dict(type=count, metavar="M", help="width of the bottleneck"),
+    "init_std": dict(type=positive, metavar="X", help="standard deviation of the adapters' initial weights"),
+    "norms": dict(nargs="*", metavar="NAME", help="the normalisation layers that are trained too, by the end of "
+                  "their names"),
+    "dropout": dict(type=share, metavar="X", help="dropout in the encoder"),
+    "top_layers": dict(type=count, metavar="K", help="train in the top K blocks only (default: all)"),
+}
+
+
+@dataclass(frozen=True)
+class Technique:
+    label: str      # in tables and plots
+    help: str       # what is trained
+    lr: float       # the default learning rate
+    options: dict   # the names of its options, each in OPTIONS, and their defaults
+
+
+LINEAR_LAYERS = ["query", "key", "value", "attention.output", "intermediate", "feed_forward.output"]
+ENCODER = {"dropout": 0.0, "top_layers": None}
+TECHNIQUES = {
+    "head": Technique("head tuning", "the classification head, the last two layers", 8e-3, {}),
+    "adapter": Technique("adapters", "bottleneck adapters after each sub-layer (Houlsby et al. 2019), and the head", 5e-4, {
+        "targets": ["attention.output", "feed_forward.output"], "bottleneck": 32, "init_std": 1e-2,
+        "norms": ["attention.norm", "feed_forward.norm"], **ENCODER}),
+    "lora": Technique("LoRA", "low-rank updates of the linear layers (Hu et al. 2021), and the head", 2.5e-4, {
+        "targets": LINEAR_LAYERS, "rank": 8, "alpha": 16.0, "lora_dropout": 0.0, "rslora": False,
+        "init_from": None, **ENCODER}),
+    "bitfit": Technique("BitFit", "the biases (Ben Zaken et al. 2021), and the head", 4e-3, ENCODER),
+    "full": Technique("full fine-tuning", "everything: the reference", 2.5e-5, ENCODER),
+}
+
+
+# -- command line -----------------------------------------------------------------------------------------
+
+def add_common(parser):
+    """Add the options that every run of a comparison shares: data, training, machine."""
+    group = parser.add_argument_group("weights and data")
+    group.add_argument("--weights", metavar="FOLDER", help="a folder of BERT weights, or a name on the Hugging Face Hub "
+                       "(default: all-MiniLM-L6-v2, fetched once)")
+    group.add_argument("--data", metavar="PATH", help="labelled sentences: a CSV, TSV or JSON-lines file, or a folder "
+                       "with one subfolder a class (default: movie reviews, fetched once)")
+    group.add_argument("--test", metavar="PATH", help="labelled sentences to test on (default: a part of the data)")
+    group.add_argument("--text-column", metavar="NAME", help="name of the column of texts (default: text)")
+    group.add_argument("--label-column", metavar="NAME", help="name of the column of labels (default: label)")
+    group.add_argument("--max-length", metavar="N", type=number(int, 3), default=128,
+                       help="tokens that a sentence is cut to (default: 128)")
+    group.add_argument("--limit", metavar="N", type=number(int, 2), help="train on N sentences, chosen by the seed")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", metavar="N", type=number(int, 0), default=3,
+                       help="passes over the training set (default: 3)")
+    group.add_argument("--batch-size", metavar="N", type=count, default=32, help="sentences a step (default: 32)")
+    group.add_argument("--warmup", metavar="X", type=share, default=0.1,
+                       help="share of the steps in which the learning rate rises (default: 0.1)")
+    group.add_argument("--schedule", choices=("linear", "constant"), default="linear",
+                       help="after warm-up the rate falls to 0, or stays (default: linear)")
+    group.add_argument("--weight-decay", metavar="X", type=number(float, 0), default=0.01,
+                       help="AdamW's, on matrices only (default: 0.01)")
+    group.add_argument("--clip", metavar="X", type=positive, default=1.0,
+                       help="longest norm of the gradient (default: 1)")
+    group.add_argument("--head-dropout", metavar="X", type=share, default=0.1, help="dropout in the head (default: 0.1)")
+    group.add_argument("--pooling", choices=("mean", "cls"), default="mean",
+                       help="input of the head: the mean of all tokens, or [CLS] (default: mean)")
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                       help="where to train (default: auto)")
+    group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                       help="of matrix products. auto measures which is faster; fp32 on a CPU repeats to the bit "
+                            "(default: auto)")
+
+
+def add_run(parser, technique):
+    """Add the options of a single run of a technique."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--lr", metavar="X", type=positive, default=technique.lr,
+                       help=f"highest learning rate (default: {technique.lr:g})")
+    group.add_argument("--fold", metavar="I", type=number(int, 0, 9), help="the tenth of the data to test on (default: 0)")
+    group.add_argument("--seed", metavar="N", type=number(int, 0), default=0, help="of all randomness (default: 0)")
+    group.add_argument("--out", metavar="FOLDER",
+                       help="folder of the run (default: runs/TECHNIQUE-foldI, or -seedN with --test)")
+    group.add_argument("--save-every", metavar="STEPS", type=count, default=100,
+                       help="how often to save the state (default: 100)")
+    group.add_argument("--resume", action="store_true", help="continue an unfinished run")
+    group.add_argument("--overwrite", action="store_true", help="replace an existing run")
+    if technique.options:
+        group = parser.add_argument_group(technique.label)
+    for name, default in technique.options.items():
+        arguments = dict(OPTIONS[name], default=default)
+        if isinstance(default, bool):
+            arguments["action"] = "store_true"
+        elif isinstance(default, list):
+            arguments["help"] += f" (default: {' '.join(default)})"
+        elif default is not None:
+            arguments["help"] += f" (default: {default:g})"
+        group.add_argument("--" + name.replace("_", "-"), **arguments)
+
+
+def make_parser():
+    parser = Parser(prog="train.py", description="Fine-tune a small BERT to classify sentences.",
+                    epilog="train.py TECHNIQUE --help lists the options of a technique.")
+    choices = parser.add_subparsers(dest="technique", metavar="TECHNIQUE", required=True, title="what is trained")
+    for name, technique in TECHNIQUES.items():
+        chosen = choices.add_parser(name, help=technique.help, description=f"Train {technique.help}.",
+                                    usage=f"train.py {name} [options]")
+        add_run(chosen, technique)
+        add_common(chosen)
+    return parser
+
+
+def defaults(technique):
+    """The settings of a technique when its command line has no option, as a dict."""
+    return vars(make_parser().parse_args([technique]))
+
+
+def parse(arguments):
+    """Turn the command line of train.py into settings, an argparse.Namespace. Mistakes exit with code 2."""
+    parser = make_parser()
+    settings, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(f"{unknown[0]} is no option of {settings.technique}")
+    if settings.test and settings.fold is not None:
+        parser.error("--fold picks a test set from the data, but --test names one; repeat a run with --seed instead")
+    if settings.test and not settings.data:
+        parser.error("--test needs --data, with the same labels, to train on")
+    if not settings.test and settings.fold is None:
+        settings.fold = 0
+    if settings.out is None:
+        repeat = f"seed{settings.seed}" if settings.test else f"fold{settings.fold}"
+        settings.out = f"runs/{settings.technique}-{repeat}"
+    return settings
+
+
+def command(settings):
+    """The command line that gives these settings, without what equals a default: the inverse of `parse`."""
+    words, usual = ["python", "train.py", settings.technique], defaults(settings.technique)
+    for name, value in vars(settings).items():
+        if value == usual[name] or name in ("out", "resume", "overwrite") or isinstance(value, dict):
+            continue  # a dict is what --init-from found
+        words.append("--" + name.replace("_", "-"))
+        if isinstance(value, list):
+            words += value
+        elif value is not True:
+            words.append(str(value))
+    return shlex.join(words)

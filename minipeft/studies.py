@@ -1,0 +1,186 @@
+"""The papers' claims as data: the learning rates, the runs that test a claim, and the contrasts between them."""
+from dataclasses import dataclass, field, replace
+
+from .settings import LINEAR_LAYERS, TECHNIQUES
+
+
+# -- learning rates ---------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Search:
+    """The learning rates of a technique with these options. start: where the search begins; accuracy, loss: what
+    `compare.py --rates` chose by each rule (results/rates.json). Those by accuracy are train.py's defaults."""
+    technique: str
+    start: float
+    accuracy: float
+    loss: float
+    options: dict = field(default_factory=dict)
+
+
+TOP_BLOCK, TOP_TWO = {"top_layers": 1}, {"top_layers": 2}
+FEW = {sentences: {"limit": sentences, "epochs": 20} for sentences in (86, 431)}  # 1 and 5 %; 60 and 280 steps
+SEARCHES = {
+    "head": Search("head", 8e-3, 8e-3, 8e-3),
+    "adapter": Search("adapter", 5e-4, 5e-4, 5e-4),
+    "lora": Search("lora", 5e-4, 2.5e-4, 2.5e-4),
+    "bitfit": Search("bitfit", 4e-3, 4e-3, 4e-3),
+    "full": Search("full", 5e-5, 2.5e-5, 2.5e-5),
+    "last-block": Search("full", 2e-4, 4e-4, 4e-4, TOP_BLOCK),
+    "two-blocks": Search("full", 2e-4, 4e-4, 4e-4, TOP_TWO),
+    "adapter-86": Search("adapter", 5e-4, 5e-4, 5e-4, FEW[86]),
+    "lora-86": Search("lora", 5e-4, 2.5e-4, 2.5e-4, FEW[86]),
+    "full-86": Search("full", 5e-5, 2.5e-5, 2.5e-5, FEW[86]),
+    "adapter-431": Search("adapter", 5e-4, 1.25e-4, 1.25e-4, FEW[431]),
+    "lora-431": Search("lora", 5e-4, 1e-3, 1e-3, FEW[431]),
+    "full-431": Search("full", 5e-5, 1e-4, 1e-4, FEW[431]),
+}
+
+
+# -- studies ----------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Variant:
+    """One setting, run on several folds. Unless `options` has "lr", its learning rate is that of the search with its
+    name, or else of its technique. series, x, panel: its place in the figure (series None: its own; x None: the number
+    of trained parameters)."""
+    name: str
+    technique: str
+    options: dict = field(default_factory=dict)
+    series: str | None = None
+    x: float | str | None = None
+    panel: str = ""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two variants, by name. expected: what the claim says of a against b, "better", "worse", "equivalent" (within
+    1 point), or None where it says nothing."""
+    a: str
+    b: str
+    expected: str | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A claim and its test. folds: how many `--study` runs. rule: of the learning rates. part: what is judged, "test"
+    or "dev". references: draw head tuning and full fine-tuning as lines. costs: publish costs and learning curves."""
+    claim: str
+    source: str
+    x_label: str
+    variants: list
+    contrasts: list
+    folds: int = 5
+    rule: str = "accuracy"
+    part: str = "test"
+    references: bool = False
+    costs: bool = False
+
+
+def label(name):
+    """The name of a variant in tables: that of a technique is its label."""
+    return TECHNIQUES[name].label if name in TECHNIQUES else name
+
+
+def vary(technique, option, values, kind=float):
+    """One variant for each value of an option. kind: str for categories on the x axis."""
+    return [Variant(f"{technique} {option} {value:g}", technique, {option: value}, technique, kind(value))
+            for value in values]
+
+
+def lora_on(name, rank, targets):
+    return Variant(f"{name}, rank {rank}", "lora", {"targets": targets, "rank": rank}, "lora", f"{name}\nrank {rank}")
+
+
+def constant_and_growing_alpha(ranks=(1, 8, 64), rates=(6.25e-5, 2.5e-4, 1e-3, 4e-3)):
+    """Two rules for alpha. At rank 8 both give alpha 16: the same runs."""
+    return [Variant(f"{panel}, rank {rank}, lr {lr:g}", "lora", {"rank": rank, "alpha": alpha(rank), "lr": lr},
+                    f"rank {rank}", lr, panel)
+            for panel, alpha in (("alpha = 16", lambda rank: 16.0), ("alpha = 2 rank", lambda rank: 2.0 * rank))
+            for rank in ranks for lr in rates]
+
+
+HEAD, ADAPTER, LORA, BITFIT, FULL = (Variant(name, name) for name in ("head", "adapter", "lora", "bitfit", "full"))
+LAST_BLOCK, TWO_BLOCKS = Variant("last-block", "full", TOP_BLOCK), Variant("two-blocks", "full", TOP_TWO)
+PARAMETERS = "trained parameters, head included"
+MAIN = Study(
+    "LoRA and adapters match full fine-tuning", "Houlsby et al. 2019, abstract and table 1; Hu et al. 2021, table 2",
+    PARAMETERS, [HEAD, ADAPTER, LORA, FULL],
+    [Contrast("head", "full"), Contrast("adapter", "full", "equivalent"), Contrast("lora", "full", "equivalent"),
+     Contrast("lora", "adapter")], 10, costs=True)
+STUDIES = {
+    "techniques": MAIN,
+    "techniques-loss": replace(MAIN, claim=f"{MAIN.claim} (learning rates of the loss rule)", rule="loss"),
+    "rank": Study(
+        "a rank of 1 is enough, and 64 adds nothing", "Hu et al., table 6 and section 7.2", "rank (alpha = 16)",
+        vary("lora", "rank", (1, 8, 64)),
+        [Contrast("lora rank 1", "lora rank 8", "equivalent"), Contrast("lora rank 64", "lora rank 8", "equivalent")],
+        8, references=True),
+    "alpha": Study(
+        "with a constant alpha the best learning rate does not move with the rank",
+        "Hu et al., section 4.1; Schulman 2025", "learning rate", constant_and_growing_alpha(), [], 1, part="dev"),
+    "targets": Study(
+        "at equal size several kinds of matrices beat the query alone (Hu), and attention alone loses to the "
+        "feed-forward layers and to all (Schulman)", "Hu et al., table 5; Schulman 2025", "layers with LoRA (alpha 16)",
+        [lora_on("query", 16, ["query"]), lora_on("query + value", 8, ["query", "value"]),
+         lora_on("attention", 4, LINEAR_LAYERS[:4]), lora_on("feed-forward", 3, LINEAR_LAYERS[4:]),
+         lora_on("all", 2, LINEAR_LAYERS)],
+        [Contrast("query + value, rank 8", "query, rank 16", "better"),
+         Contrast("attention, rank 4", "query, rank 16", "better"),
+         Contrast("feed-forward, rank 3", "attention, rank 4", "better"),
+         Contrast("all, rank 2", "attention, rank 4", "better")], 8, references=True),
+    "bottleneck": Study(
+        "the size of the adapters matters little", "Houlsby et al., sections 3.4 and 3.6", "bottleneck",
+        vary("adapter", "bottleneck", (8, 32, 128)),
+        [Contrast("adapter bottleneck 8", "adapter bottleneck 32", "equivalent"),
+         Contrast("adapter bottleneck 128", "adapter bottleneck 32", "equivalent")], 8, references=True),
+    "layers": Study(
+        "adapters in all blocks beat training the top one or two blocks", "Houlsby et al., figure 3", PARAMETERS,
+        [ADAPTER, LAST_BLOCK, TWO_BLOCKS],
+        [Contrast("adapter", "last-block", "better"), Contrast("adapter", "two-blocks", "better")]),
+    "init": Study(
+        "adapters degrade if their initialisation is large", "Houlsby et al., section 3.6 and figure 6 (right)",
+        "standard deviation of the initialisation", vary("adapter", "init_std", (1e-2, 1e-1, 1.0)),
+        [Contrast("adapter init_std 0.1", "adapter init_std 0.01"),
+         Contrast("adapter init_std 1", "adapter init_std 0.01", "worse")], references=True),
+    "data": Study(
+        "with few sentences, LoRA and adapters beat full fine-tuning", "Hu et al., appendix F.3, table 16 (LoRA)",
+        "training sentences",
+        [Variant(f"{technique}-{sentences}", technique, options, technique, sentences)
+         for sentences, options in FEW.items() for technique in ("adapter", "lora", "full")],
+        [Contrast(f"{technique}-{sentences}", f"full-{sentences}", "better")
+         for sentences in FEW for technique in ("adapter", "lora")], 10),
+    "light": Study(
+        "training the biases alone is competitive with full fine-tuning", "Ben Zaken et al. 2021, abstract and table 1",
+        PARAMETERS, [BITFIT, LAST_BLOCK, LORA, FULL],
+        [Contrast("bitfit", "full", "equivalent"), Contrast("bitfit", "lora"), Contrast("last-block", "full"),
+         Contrast("last-block", "lora")], 10),
+    "dropout": Study(
+        "encoder dropout of 0.1 against the default 0, on dev", "check of the protocol", "encoder dropout",
+        vary("full", "dropout", (0.0, 0.1), str) + vary("lora", "dropout", (0.0, 0.1), str),
+        [Contrast(f"{name} dropout 0.1", f"{name} dropout 0") for name in ("full", "lora")], 3, part="dev"),
+    "epochs": Study(
+        "10 epochs against the default 3, on dev", "check of the protocol", "epochs",
+        vary("head", "epochs", (3, 10), str) + vary("bitfit", "epochs", (3, 10), str),
+        [Contrast(f"{name} epochs 10", f"{name} epochs 3") for name in ("head", "bitfit")], 3, part="dev"),
+}
+
+
+# -- protocol ---------------------------------------------------------------------------------------------
+
+PROTOCOL = """\
+- Every technique has the same encoder, head, initialisation of the head, order of batches, schedule and number of
+  epochs, and no dropout in the encoder. Fold i is tested on part i of eleven, and trained on nine; the eleventh is dev.
+- Every choice looks at dev alone. Learning rates come from a grid by factors of 2 on folds 0 to 2, the best never at an
+  edge. Accuracy rule (primary, and the defaults of train.py): the highest mean dev accuracy among rates whose double is
+  at most 1 point less accurate. Loss rule: the lowest mean dev loss.
+- Measures: accuracy, and calibrated loss: log loss after one temperature, fitted on the dev predictions of the run.
+- Intervals over folds: paired, Student's t, variance times 1/k + 1/9 for k folds (Nadeau and Bengio 2003). Better or
+  worse: the interval at 1 - 0.05/m, for the m contrasts of a study, excludes zero. Equivalent within 1 point: the 90 %
+  interval lies within ±1. Else inconclusive. One run, seeds on one test file, and dev: intervals over sentences.
+- Two runs are compared only if processor, device and precision agree. Costs are averaged on one machine only."""
+LIMITS = """\
+- One small encoder and one data set of short sentences, unless a section says otherwise. Other tasks may differ.
+- Dev has about a thousand sentences and rates were searched on three folds: neighbouring rates can be equally good.
+- The correction for folds is an approximation. ± is the standard deviation over runs, not an interval.
+- Failed runs are counted in the tables, and left out of means and differences. A study has the folds that all its
+  variants have."""
