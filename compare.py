@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from minipeft import settings as options
-from minipeft.studies import LIMITS, PROTOCOL, SEARCHES, STUDIES, Contrast, Study, Variant, label
+from minipeft.studies import LIMITS, PROTOCOL, SEARCHES, STUDIES, Contrast, label
 
 QUICK = {"limit": 640, "epochs": 1}
 
@@ -60,7 +60,7 @@ def parse(arguments):
     chosen.common = {name: getattr(chosen, name) for name in usual}
     for name, value in chosen.common.items():
         if value != usual[name] and (chosen.report or name in taken):
-            parser.error(f"--{name.replace('_', '-')} is chosen by {'the records' if chosen.report else 'compare.py'} "
+            parser.error(f"--{name.replace('_', '-')} is set by {'the records' if chosen.report else 'compare.py'} "
                          "here: leave it out")
     if chosen.quick:
         chosen.common |= QUICK
@@ -102,7 +102,7 @@ def measure(result, contrast):
     pairs = [(a[fold], b[fold]) for fold in result.folds if fold in a and fold in b]
     scores = [one.scores - other.scores for one, other in pairs if machine(one.record) == machine(other.record)]
     accuracy = loss = None
-    if scores:
+    if scores and scores[0].shape[1] > 1:
         same_sentences = len(scores) == 1 or result.study.part == "dev" or "test" in pairs[0][0].record["settings"]
         compare = stats.paired_sentences if same_sentences else stats.paired
         accuracy, loss = zip(*(scores if same_sentences else [pair.mean(1) for pair in scores]))
@@ -192,11 +192,14 @@ def quality_table(result, gains):
 
 def on_one_machine(result):
     """(the machine with the most runs, {variant: its runs there}): what costs are averaged over."""
-    where = Counter(machine(run.record, "threads") for runs in result.outcomes.values() for run in runs.values())
+    def where_of(record):
+        return *machine(record, "threads"), record["versions"]["torch"]
+
+    where = Counter(where_of(run.record) for runs in result.outcomes.values() for run in runs.values())
     [(most, _)] = where.most_common(1)
-    groups = {name: [run for run in runs.values() if machine(run.record, "threads") == most]
+    groups = {name: [run for run in runs.values() if where_of(run.record) == most]
               for name, runs in result.outcomes.items()}
-    return ", ".join(map(str, most)) + " threads", {name: group for name, group in groups.items() if group}
+    return "{}, {}, {}, {} threads, torch {}".format(*most), {name: group for name, group in groups.items() if group}
 
 
 # -- figures ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import sys
 from minipeft import settings as options
 
 if __name__ == "__main__":
-    SETTINGS = options.parse(sys.argv[1:])  # before the slow imports: --help and typing errors do not wait for torch
+    SETTINGS = options.parse(sys.argv[1:])  # before the slow imports: --help and typos do not wait for torch
 
 import math
 import platform
@@ -114,7 +114,7 @@ def learning_rate(step, steps, settings):
 
 
 class Monitor:
-    """Reads loss, gradient norm and accuracy of the steps now and then, checks them and shows progress."""
+    """Read loss, gradient norm and accuracy every ten steps, check them and show progress."""
 
     def __init__(self, progress, steps, settings):
         self.progress, self.settings = progress, settings
@@ -133,13 +133,15 @@ class Monitor:
         """Raise FloatingPointError if the loss or the norm of a gradient is not finite."""
         if not self.unread:
             return
+        began = time.perf_counter()
         numbers = (parallel.sum_up(torch.stack(self.unread)) / parallel.world()).tolist()
+        self.progress.seconds += time.perf_counter() - began  # on a GPU, the wait for the steps
         for step, (loss, norm, _) in enumerate(numbers, self.progress.step - len(numbers) + 1):
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise FloatingPointError(
                     f"step {step}: the loss is {loss:g} and the norm of its gradient {norm:g}, so training stopped. "
                     f"Try a lower --lr (it was {self.settings.lr:g}), a longer --warmup or --precision fp32, with "
-                    f"--overwrite. The last good state is kept in {self.settings.out}")
+                    f"--overwrite.")
         self.unread.clear()
         self.recent.extend(numbers)
         loss, _, accuracy = np.mean(self.recent, axis=0)
@@ -150,7 +152,7 @@ class Monitor:
 def train(forward, optimizer, train_set, dev_set, progress, settings, save):
     """Train for all epochs; after each, measure dev and a fixed sample of the training set.
 
-    Everything random follows from the seed, the epoch and the step, so a run that was stopped anywhere and
+    Seed, epoch and step determine all random numbers, so in fp32 on a CPU a run that was stopped anywhere and
     resumed ends in the same bits.
     """
     parameters = list(trained(forward.model).values())
@@ -159,7 +161,8 @@ def train(forward, optimizer, train_set, dev_set, progress, settings, save):
     steps = settings.epochs * math.ceil(len(train_set) / settings.batch_size)
     started = time.perf_counter()
     forward.cache(train_set)
-    progress.seconds += time.perf_counter() - started
+    if not progress.step:  # a resumed run has counted this already
+        progress.seconds += time.perf_counter() - started
     monitor = Monitor(progress, steps, settings)
 
     for epoch in range(1, settings.epochs + 1):
@@ -242,23 +245,22 @@ def make_optimizer(model, settings):
 
 
 def evaluate_run(forward, dev_set, test_set, progress):
-    """Evaluate the model as it will be used, LoRA merged. Reads the test set, once. Returns metrics, dev and test."""
+    """Evaluate the model as it will be used, LoRA merged; the only use of the test set. Returns metrics, dev and test."""
     merge_lora(forward.model)
     forward.frozen = False  # no cached features: the time of inference includes the encoder
-    corpus, metrics, parts = forward.corpus, dict(progress.history[-1]), {}
+    corpus, metrics, parts, started = forward.corpus, dict(progress.history[-1]), {}, time.perf_counter()
     for name, indices in (("dev", dev_set), ("test", test_set)):
-        started = time.perf_counter()
         metrics[f"{name}_loss"], metrics[f"{name}_accuracy"], logits = forward.evaluate(indices, name)
-        metrics["sentences_per_second"] = len(indices) / (time.perf_counter() - started)
         parts[name] = {"lines": corpus.line[indices].tolist(), "labels": corpus.labels[indices].tolist(),
-                       "logits": [[round(value, 3) for value in row] for row in logits.tolist()]}
+                       "logits": [[round(value, 4) for value in row] for row in logits.tolist()]}
+    metrics["sentences_per_second"] = (len(dev_set) + len(test_set)) / (time.perf_counter() - started)
     metrics |= {"train_seconds": progress.seconds, "peak_memory_mb": peak_memory(forward.compute.device)}
     metrics["step_milliseconds"] = 1000 * float(np.median(progress.step_seconds)) if progress.step_seconds else None
     return {"metrics": {name: metrics.get(name) for name in checkpoint.PARTS["metrics"]}, **parts}
 
 
 def report(record, corpus, dev_set, folder):
-    """Print the three dev mistakes with the highest probability, test results, costs, and what to do next."""
+    """Print the three most confident wrong predictions on dev, test results, costs, and what to do next."""
     logits, metrics, classes = np.array(record["dev"]["logits"]), record["metrics"], record["classes"]
     probabilities = torch.from_numpy(logits).softmax(1).numpy()
     confidence = probabilities.max(1) * (logits.argmax(1) != corpus.labels[dev_set])  # 0 where it is right
@@ -282,6 +284,7 @@ def run(settings):
     settings: what `settings.parse` returns. Raises UserError for a user's mistake, FloatingPointError if the loss
     does not stay finite (run.json then holds the failure).
     """
+    command = options.command(settings)  # before "auto" is resolved
     weights = download.find_weights(settings.weights)
     corpus, tokenizer, train_set, dev_set, test_set = load_data(settings, weights)
     model = build(settings, len(corpus.classes), weights)
@@ -291,7 +294,7 @@ def run(settings):
         compute, chosen = parallel.from_first(choose_compute, settings, model.encoder.config)
         counts, folder = count_parameters(model), Path(settings.out)
         record = {
-            "command": options.command(settings), "settings": checkpoint.recorded(settings),
+            "command": command, "settings": checkpoint.recorded(settings),
             "machine": {"processor": processor(compute.device), "device": compute.device,
                         "precision": compute.precision, "threads": torch.get_num_threads(), **parallel.facts()},
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
@@ -301,7 +304,7 @@ def run(settings):
             "sentences": {"train": len(train_set), "dev": len(dev_set), "test": len(test_set)}, "parameters": counts}
         finished, warnings = parallel.from_first(checkpoint.begin, folder, record, settings.resume, settings.overwrite)
         if finished:
-            print(f"{folder} is finished already")
+            print(f"{folder} failed: {finished['failed']}" if "failed" in finished else f"{folder} is finished already")
             return finished
         print(f"{Path(corpus.files[-1]).name}: {len(train_set):,} training sentences, {len(dev_set):,} dev, "
               f"{len(test_set):,} test; classes: {', '.join(corpus.classes)[:200]}", *corpus.notes, *describe(model),
@@ -351,6 +354,9 @@ def main(settings):
         except (UserError, FloatingPointError) as error:
             print(f"train.py: {error}", file=sys.stderr)
             return DIVERGED if isinstance(error, FloatingPointError) else 2
+        except torch.OutOfMemoryError:
+            print("train.py: out of memory; lower --batch-size or --max-length", file=sys.stderr)
+            return 2
         except KeyboardInterrupt:
             print(f"\nstopped; the same command with --resume continues from the last state in {settings.out}",
                   file=sys.stderr)

@@ -1,5 +1,6 @@
 """Use a finished run: python -m minipeft predict RUN "a sentence" (--help lists the rest)."""
 import csv
+import os
 import sys
 from itertools import islice
 
@@ -46,6 +47,7 @@ def predict(options):
         rows = data.read_rows(options.csv, {"strict": True})
         _, header = next(rows, (1, []))
         column = options.text_column or settings.get("text_column") or "text"
+        header = [name.strip() for name in header]
         if column not in header:
             raise UserError(f"{options.csv} has no column {column!r} but {', '.join(header)[:200]}; name the column of "
                             "texts with --text-column")
@@ -134,11 +136,17 @@ def main(arguments=None):
     except UserError as error:
         print(f"minipeft: {error}", file=sys.stderr)
         return 2
+    except UnicodeDecodeError as error:
+        print(f"minipeft: standard input is not UTF-8 ({error}); save it as UTF-8 text", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
 
 
 if __name__ == "__main__":
     sys.stdin.reconfigure(encoding="utf-8")  # as all files here, on every system
-    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="backslashreplace")
     sys.exit(main())

@@ -124,18 +124,21 @@ def matching(model, targets, fits):
     """Return the modules that `targets` name by dotted suffix, each once. Raise ValueError, with the names that could
     match, for a target that matches nothing, a parameter, or a module that cannot be wrapped (`fits` is false)."""
     modules = dict(model.named_modules(remove_duplicate=False))
+
+    def problem(name):
+        if not fits(modules[name]):
+            return f"{name} is a {type(modules[name]).__name__}"
+        if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
+            return f"{name} is never called: nn.MultiheadAttention reads its weight instead"
+
     found = []
     for target in [targets] if isinstance(targets, str) else targets:
         matches = named(model, target)
         problems = [f"{name} is a parameter, not a module (nn.MultiheadAttention packs q, k and v in one)"
                     for name, _ in model.named_parameters() if f".{name}".endswith(f".{target}")]
-        for name, module in matches.items():
-            if not fits(module):
-                problems.append(f"{name} is a {type(module).__name__}")
-            elif isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
-                problems.append(f"{name} is never called: nn.MultiheadAttention reads its weight instead")
+        problems += filter(None, map(problem, matches))
         if problems or not matches:
-            endings = sorted({name.rpartition(".")[2] for name, module in modules.items() if fits(module)})
+            endings = sorted({name.rpartition(".")[2] for name in modules if not problem(name)})
             raise ValueError(f"target {target!r}: {'; '.join(problems[:3]) or 'matches nothing'}. "
                              f"Modules that fit end in: {', '.join(endings)}")
         found += matches.values()

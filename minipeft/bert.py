@@ -158,9 +158,9 @@ HUGGING_FACE_NAMES = {
     "layers.*.feed_forward.norm": "encoder.layer.*.output.LayerNorm",
     "pooler": "pooler.dense",
 }
-# What BERT checkpoints hold beside the encoder: the heads of other tasks, and a stored 0, 1, 2, ...
+# What BERT checkpoints hold beside the encoder: heads of other tasks, and position ids.
 NOT_THE_ENCODER = ("cls.", "classifier.", "qa_outputs.", "embeddings.position_ids")
-# Settings that this encoder implements one value of, the default where a config.json does not have them.
+# Settings of which one value is supported. A missing setting counts as that value.
 IMPLEMENTED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
                "is_decoder": False, "add_cross_attention": False}
 
@@ -203,6 +203,16 @@ def read_safetensors(path):
         raise UserError(f"{path} could not be read ({error.strerror or error})") from None
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}): fetch or write it again") from None
+
+
+def write_safetensors(path, tensors, metadata):
+    """Write tensors and metadata (strings) to a file. UserError if the file system refuses."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except safetensors.SafetensorError as error:  # which it raises for a full disk, too
+            raise OSError(str(error)) from error
 
 
 def check_tensors(path, tensors, expected):
@@ -251,9 +261,7 @@ def save_bert(encoder, folder, config=None, prefix="", more=None):
     config: entries to add to config.json. prefix: before every name, `bert.` for a model with a head.
     more: further tensors, by their Hugging Face names. Raises UserError if the files cannot be written.
     """
-    tensors = {prefix + hugging_face_name(name): tensor for name, tensor in encoder.state_dict().items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors | (more or {})).items()}
+    tensors = {prefix + hugging_face_name(name): tensor for name, tensor in encoder.state_dict().items()} | (more or {})
     content = IMPLEMENTED | {"architectures": ["BertModel"]} | asdict(encoder.config) | (config or {})
     write_text(Path(folder) / "config.json", json.dumps(content, indent=2) + "\n")
-    with atomic(Path(folder) / "model.safetensors") as temporary:
-        save_file(tensors, temporary, {"format": "pt"})
+    write_safetensors(Path(folder) / "model.safetensors", tensors, {"format": "pt"})

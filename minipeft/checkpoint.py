@@ -1,4 +1,4 @@
-"""The folder of a run: what a run leaves, how an unfinished one resumes exactly, and how a finished one is opened.
+"""The folder of a run: its files, how an unfinished run resumes exactly, and how a finished one is opened.
 
     run.json            the record: settings, machine, versions, hashes, history, metrics, dev and test predictions
     model.safetensors   the trained tensors
@@ -12,14 +12,14 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 from argparse import Namespace
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from .bert import check_tensors, read_safetensors
+from .bert import check_tensors, read_safetensors, write_safetensors
 from .download import find_weights, hash_weights
 from .files import UserError, atomic, read_json
 from .model import build, trained
@@ -35,7 +35,7 @@ PARTS = {  # the keys inside the objects of a finished record
                 "step_milliseconds", "sentences_per_second", "peak_memory_mb", "saved_bytes"),
     "dev": ("lines", "labels", "logits"),
     "test": ("lines", "labels", "logits")}
-# Settings that do not decide the outcome, or that "machine" holds as what they became.
+# Settings that do not decide the outcome, or whose resolved value is stored under "machine".
 NOT_FACTS = ("out", "resume", "overwrite", "save_every", "device", "precision")
 
 
@@ -60,6 +60,7 @@ def read_record(path):
         raise UserError(f"{path} is damaged (technique {technique!r}): delete it and run again")
     parts = {"settings": recorded(Namespace(**defaults(technique)))}
     parts |= {"machine": PARTS["machine"]} if "failed" in record else PARTS
+    parts |= {"parameters": ("technique", "head", "trainable", "total")}
     for part, keys in parts.items():
         content = record.get(part)
         missing = [key for key in keys if not isinstance(content, dict) or key not in content]
@@ -70,9 +71,9 @@ def read_record(path):
 
 # -- tensors ----------------------------------------------------------------------------------------------
 
-def digest(tensors):
-    """A hash of all tensors. safetensors has no checksum, and a flipped bit in a weight is still a weight."""
-    total = hashlib.sha256()
+def digest(tensors, about):
+    """A hash of all tensors and of `about`. safetensors has no checksum: a changed bit would load without an error."""
+    total = hashlib.sha256(json.dumps(about).encode())
     for name in sorted(tensors):
         total.update(name.encode())
         total.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())
@@ -81,10 +82,8 @@ def digest(tensors):
 
 def write_tensors(path, tensors, about=None):
     """Save named tensors and, with them, anything that fits JSON."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    label = json.dumps({"sha256": digest(tensors), "about": about})
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, {"minipeft": label})
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    write_safetensors(path, tensors, {"minipeft": json.dumps({"sha256": digest(tensors, about), "about": about})})
 
 
 def read_tensors(path):
@@ -94,8 +93,8 @@ def read_tensors(path):
         label = json.loads(metadata["minipeft"])
         expected, about = label["sha256"], label["about"]
     except (KeyError, ValueError, TypeError):
-        raise UserError(f"{path} is damaged or not of this program: delete it and run again") from None
-    if expected != digest(tensors):
+        raise UserError(f"{path} is damaged or was not written by minipeft: delete it and run again") from None
+    if expected != digest(tensors, about):
         raise UserError(f"{path} is damaged (its content does not match its hash): delete it and run again")
     return tensors, about
 
@@ -117,7 +116,7 @@ def open_run(folder, weights=None):
     """
     folder = Path(folder)
     if not (folder / RECORD).is_file():
-        raise UserError(f"{folder} holds no finished run (no {RECORD}); train.py makes one, and continues an "
+        raise UserError(f"{folder} holds no finished run (no {RECORD}); train.py makes one, and resumes an "
                         "unfinished one with --resume")
     record = read_record(folder / RECORD)
     if "failed" in record:
@@ -148,6 +147,7 @@ def lock_file(file):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # Windows
         import msvcrt
+        os.lseek(file.fileno(), 1 << 30, os.SEEK_SET)  # one byte, the same for all, beyond the text
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 
@@ -155,7 +155,7 @@ def lock_file(file):
 def locked(folder):
     """Hold `folder` for this process. UserError if another process holds it.
 
-    The system releases the lock of a process that was killed, so a lock file that is left over holds nothing.
+    The system releases the lock of a process that was killed, so a lock file that is left over does not block.
     """
     path = Path(folder) / "lock"
     try:
@@ -165,6 +165,8 @@ def locked(folder):
         raise UserError(f"--out {folder}: cannot be used as a folder ({error.strerror})") from error
     try:
         lock_file(file)
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise BlockingIOError  # its owner has just deleted it, so it is another file now
     except OSError:
         file.seek(0)
         owner = file.read().strip()
@@ -176,10 +178,12 @@ def locked(folder):
     try:
         yield
     finally:
+        if os.name == "nt":  # an open file cannot be deleted there
+            file.close()
+        with suppress(OSError):
+            path.unlink()
+            path.parent.rmdir()  # if it is empty: a mistake was found before the first write
         file.close()
-        path.unlink(missing_ok=True)
-        if not any(path.parent.iterdir()):  # a mistake was found before the first write
-            path.parent.rmdir()
 
 
 def find_run(folder):
@@ -199,7 +203,7 @@ def keep_machine(settings):
     """If a run resumes, replace --device and --precision "auto" by what it began with: a new choice may differ."""
     before, _ = find_run(settings.out) if settings.resume else (None, False)
     for name in ("device", "precision"):
-        if before and getattr(settings, name) == "auto":
+        if before and before["machine"][name] and getattr(settings, name) == "auto":
             setattr(settings, name, before["machine"][name])
 
 
@@ -211,8 +215,11 @@ def check_same_run(folder, before, record):
     differ = [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in old | new
               if old.get(key) != new.get(key) and key != "weights"]  # hashes decide, not paths
     if differ:
-        raise UserError(f"--resume: {folder} was begun differently: {'; '.join(differ)}")
+        raise UserError(f"--resume: {folder} was started with other settings: {'; '.join(differ)}")
     there, here = before["machine"] | before["versions"], record["machine"] | record["versions"]
+    for key in ("processor", "threads"):  # the times of this run belong to no single machine
+        if before["machine"][key] != record["machine"][key]:
+            record["machine"][key] = f"{before['machine'][key]}, then {record['machine'][key]}"
     return [f"warning: this run began with {key} {there.get(key)} and resumes with {here[key]}: the last bits may differ"
             for key in here if there.get(key) != here[key]]
 
@@ -220,22 +227,23 @@ def check_same_run(folder, before, record):
 def begin(folder, record, resume, overwrite):
     """Decide how a run starts. Returns (finished record or None, warnings); if it raises, nothing has changed.
 
-    record: the keys BEGUN. Raises UserError if the folder holds something that `resume` and `overwrite` are not for.
+    record: the keys BEGUN. Raises UserError if the folder holds files but no run, or a run although neither option is given.
     Only files that a run of ours has written are deleted.
     """
     folder, (before, finished) = Path(folder), find_run(folder)
     if before is None:
-        others = sorted(path.name for path in folder.iterdir() if path.name != "lock")
+        others = sorted(path.name for path in folder.iterdir() if path.name != "lock"
+                        and not (path.is_dir() and path.match(f"{STATE}.*.part")))  # of a run killed in its first write
         if others:
             raise UserError(f"--out {folder} holds other files ({', '.join(others[:3])}) and no run: choose another folder")
         return None, [f"no unfinished run in {folder}: starting at the first step"] if resume else []
     if not (resume or overwrite):
-        raise UserError(f"{folder} holds a run already: --resume continues it, --overwrite replaces it, "
-                        "--out FOLDER goes elsewhere")
+        raise UserError(f"{folder} holds a run already: --resume resumes it, --overwrite replaces it, "
+                        "--out FOLDER writes to another folder")
     warnings = check_same_run(folder, before, record) if resume else []
     for name in FILES:
         for left in folder.glob(f"{name}.*.part"):  # of a process that was killed while it wrote
-            left.unlink()
+            shutil.rmtree(left, ignore_errors=True)
         if not resume:
             (folder / name).unlink(missing_ok=True)
     return before if resume and finished else None, warnings

@@ -88,8 +88,7 @@ def gradient_norms(lesson, model, *endings):
 
 def train(lesson, model, technique, steps=10):
     """Take AdamW steps on all examples, without warm-up. Return the loss before each step."""
-    optimizer = torch.optim.AdamW(trained(model).values(), lr=RATES[technique])
-    losses = []
+    optimizer, losses = torch.optim.AdamW(trained(model).values(), lr=RATES[technique]), []
     for _ in range(steps):
         loss = lesson.loss(model)
         optimizer.zero_grad()
@@ -148,8 +147,8 @@ def adapter_gradients(lesson, zero=False):
     model = lesson.build("adapter")
     if zero:
         for adapter in layers_of(model, Adapter):
-            for parameter in adapter.parameters():
-                nn.init.zeros_(parameter)
+            nn.init.zeros_(adapter.down.weight)  # the biases are zero already
+            nn.init.zeros_(adapter.up.weight)
     return gradient_norms(lesson, model, "down.weight", "up.weight", "up.bias", "trained.weight")
 
 
@@ -159,11 +158,9 @@ def compare_cache(lesson):
     cached = lesson.features(lesson.base)
     difference = (lesson.features(lesson.base) - cached).abs().max().item()
 
-    def step_from_cache():
-        F.cross_entropy(lesson.base.head(cached), lesson.labels).backward()
-
-    slow, quick = (min(timeit.repeat(step, number=1, repeat=5))
-                   for step in (lambda: lesson.loss(lesson.base).backward(), step_from_cache))
+    slow, quick = (min(timeit.repeat(step, number=1, repeat=5)) for step in (
+        lambda: lesson.loss(lesson.base).backward(),
+        lambda: F.cross_entropy(lesson.base.head(cached), lesson.labels).backward()))
     return difference, slow / quick
 
 
@@ -238,8 +235,8 @@ def lora(lesson):
     say(f"The head's {counts['head']:,} parameters are trained too, as with every technique: a new head is random.")
 
     step("2. The start: why A is random and B is zero")
-    say("""B A x is zero, so the first output is exactly that of the pretrained model. With g = dL/dh, the chain rule
-        gives""")
+    say("""B starts at zero, so B A x is zero and the first output is exactly that of the pretrained model. With
+        g = dL/dh, the chain rule gives""")
     show("dL/dB = (alpha / rank) g (A x)^T        contains A",
          "dL/dA = (alpha / rank) B^T g x^T        contains B", "")
     rows = [("", "change of", "at step one", "", "at step two"),

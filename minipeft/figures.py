@@ -276,7 +276,8 @@ def shares(config):
             starts.append(x)
             for trained, fill in ((False, FROZEN), (True, colour)):
                 length = scale * sum(p.numel() for p in part.parameters() if p.requires_grad == trained)
-                rectangle(axis, x + length / 2, y, length, 28, facecolor=fill, linewidth=0, snap=False)  # its true width
+                rectangle(axis, x + length / 2, y, length, 28, facecolor=fill, linewidth=0,
+                          snap=False)  # a sliver keeps its true width
                 x += length
             x += 2  # a gap
         write(axis, 694, y, f"{counts['trainable']:,}\n{counts['trainable'] / counts['total']:.2%} trained", 9, "left")

@@ -2,7 +2,8 @@
 import hashlib
 import json
 import os
-from contextlib import contextmanager, suppress
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -21,18 +22,19 @@ def atomic(path):
     Raises UserError if the file system refuses (disk full, no permission); the old file is then untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    folder = path.with_name(f"{path.name}.{os.getpid()}.part")  # a folder: safetensors puts a temporary beside its file
+    temporary = folder / path.name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         yield temporary
+        temporary.chmod(0o644)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path} could not be written ({error.strerror or error})") from error
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path, text):

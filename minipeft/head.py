@@ -54,7 +54,7 @@ def pool(hidden, attention_mask=None, pooling="mean"):
 
     "mean" averages the tokens where `attention_mask`, (batch, length), is 1; "cls" takes the first token, [CLS].
     """
-    hidden = hidden.float()  # a sum over a sentence in bf16 would keep three digits
+    hidden = hidden.float()  # a sum in bf16 has about three digits
     if pooling == "cls":
         return hidden[:, 0]
     if attention_mask is None:

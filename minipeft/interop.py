@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from . import checkpoint
 from .adapter import AdapterLinear
-from .bert import check_tensors, hugging_face_name, load_bert, read_safetensors, save_bert
+from .bert import (
+    check_tensors, hugging_face_name, load_bert, read_safetensors, save_bert, write_safetensors)
 from .download import WEIGHTS_HUB, find_weights, hash_weights
-from .files import UserError, atomic, read_json, write_json, write_text
+from .files import UserError, read_json, write_json, write_text
 from .lora import LoRALinear, add_lora, load_lora, merge_lora, swap
 from .model import build, count_parameters, trained
 from .settings import defaults
@@ -55,11 +55,6 @@ def new_folder(folder):
 
 # -- out --------------------------------------------------------------------------------------------------
 
-def save_tensors(path, tensors, about):
-    with atomic(path) as temporary:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, about)
-
-
 def save_config(path, config):
     write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -86,7 +81,7 @@ def export_peft(model, settings, about, folder):
         "lora_alpha": settings.alpha, "use_rslora": settings.rslora, "lora_dropout": settings.lora_dropout,
         "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != settings.alpha},
         "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True})
-    save_tensors(folder / PEFT, tensors, {"format": "pt"} | about)
+    write_safetensors(folder / PEFT, tensors, {"format": "pt"} | about)
 
 
 def export_transformers(model, settings, about, folder, weights):
@@ -132,7 +127,7 @@ def export_adapters(model, settings, about, folder):
             "ln_before": False, "ln_after": False, "is_parallel": False, "scaling": 1.0, "init_weights": "houlsby",
             "leave_out": list(range(below)),
             "reduction_factor": config.hidden_size / (settings.bottleneck + 0.5)}})  # it takes hidden_size // this
-    save_tensors(folder / ADAPTERS, tensors, {"format": "pt"})
+    write_safetensors(folder / ADAPTERS, tensors, {"format": "pt"})
 
 
 def export(run, folder, to, weights=None):
@@ -152,7 +147,7 @@ def export(run, folder, to, weights=None):
     else:
         export_adapters(model, settings, about, folder)
     if to == "adapters" or settings.pooling == "mean":
-        save_tensors(folder / HEAD, head_tensors(model.head), {"format": "pt"} | about)
+        write_safetensors(folder / HEAD, head_tensors(model.head), {"format": "pt"} | about)
     return sorted(path.name for path in folder.iterdir())
 
 

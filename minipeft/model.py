@@ -1,4 +1,4 @@
-"""From settings to a classifier: encoder + technique + head. Also how it computes, and prediction with it."""
+"""Build a classifier from settings (encoder + technique + head), choose device and precision, predict."""
 import platform
 import sys
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ def build(settings, classes, weights):
     torch.manual_seed(settings.seed)
     try:
         APPLY[settings.technique](encoder if top == layers else encoder.layers[layers - top:], settings)
-    except ValueError as error:  # how the technique files, which know nothing of ours, report a wrong target
+    except ValueError as error:  # how the technique files, which do not import UserError, report a wrong target
         raise UserError(f"{settings.technique}: {error}") from error
     torch.manual_seed(settings.seed)
     model = Classifier(encoder, classes, settings.pooling, settings.head_dropout)
@@ -64,7 +64,7 @@ def trained(model):
 
 
 def count_parameters(model):
-    """How many parameters the technique and the head train, and how many there are in all."""
+    """Count the parameters that the technique and the head train, and all parameters."""
     head = sum(parameter.numel() for parameter in model.head.parameters())
     trainable = sum(parameter.numel() for parameter in trained(model).values())
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -130,7 +130,7 @@ def peak_memory(device):
     """The most memory this process has held, in MB (of the GPU, where it trains there); None if unknown."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    if Path("/proc/self/status").is_file():  # of this process alone: ru_maxrss begins with the peak of its parent
+    if Path("/proc/self/status").is_file():  # of this process alone: ru_maxrss includes the parent's peak
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
     try:
         import resource
@@ -144,7 +144,7 @@ class Lines:
 
     def write(self, text):
         if text := text.replace("\x1b[A", "").strip("\r\n "):  # without the codes that move the cursor
-            print(text, flush=True)
+            print(text, file=sys.stderr, flush=True)
 
     def flush(self):
         pass
@@ -154,7 +154,7 @@ def progress_bar(**options):
     """A tqdm bar in a terminal; elsewhere (nohup, CI, a notebook) a plain line every 30 seconds."""
     if sys.stderr.isatty():
         return tqdm(**options, leave=False, smoothing=0.05)
-    return tqdm(**options, leave=False, smoothing=0.05, file=Lines(), mininterval=30, delay=30)
+    return tqdm(**options, leave=False, smoothing=0.05, file=Lines(), mininterval=30, maxinterval=60, delay=30)
 
 
 def predict(forward, sentences, compute=Compute(), label="predicting"):

@@ -155,7 +155,7 @@ def costs(rows, machine, path):
         stds = [getattr(cost, f"{key}_std") or 0 for cost in rows.values()]
         bars = axis.barh(range(len(rows)), values, 0.6, xerr=stds, color=colours, ecolor="#999999")
         axis.bar_label(bars, fmt="{:,.0f}", padding=5)
-        axis.set(xlabel=label, xlim=(0, 1.2 * max(np.add(values, stds))))
+        axis.set(xlabel=label, xlim=(0, 1.2 * np.nanmax([*np.add(values, stds), 1e-9])))
         axis.locator_params(axis="x", nbins=5)
         axis.xaxis.set_major_formatter("{x:,.0f}")
         horizontal(axis, rows)
@@ -263,11 +263,6 @@ def study(x_label, panels, path, bars=None, y_label="test accuracy (%)", referen
             axis.axhline(value if near else np.nan, color=colour, linestyle="--", linewidth=1.5,
                          label=f"{label}: {value:.1f}" + ("" if near else " (off the scale)"))
     return finish(figure, path, f"bars: {bars}" if bars else "", 4)
-
-
-def tradeoff(series, path):
-    """Test accuracy against trained parameters. series: {name: points}, x the number of parameters."""
-    return study("trained parameters, head included", {"": series}, path, "standard deviation over folds")
 
 
 @rc_context(STYLE)

@@ -4,7 +4,7 @@ import math
 import numpy as np
 
 from . import plots
-from .files import write_json
+from .files import UserError, write_json
 from .runs import load, make_run, train_missing
 from .studies import SEARCHES, Variant, label
 
@@ -42,6 +42,8 @@ def still_to_run(found, start):
         return {(rate, fold) for rate in rates for fold in folds if fold not in found.get(rate, {})}
 
     first = {rate: folds[0] for rate, folds in sorted(found.items()) if 0 in folds}
+    if not any(math.isfinite(loss) for _, loss in first.values()):
+        raise UserError(f"--rates: training failed at every rate from {min(first):g} to {max(first):g}")
     accurate = max(first, key=lambda rate: (first[rate][0], -first[rate][1]))
     lowest = min(first, key=lambda rate: first[rate][1])
     close = [rate for rate in first if first[rate][0] >= first[accurate][0] - 0.015]

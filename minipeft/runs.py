@@ -191,7 +191,7 @@ def time_left(waiting, seconds, jobs):
 
 def train_missing(runs, jobs):
     """Train the runs that have no record yet, `jobs` at a time."""
-    runs, waiting, running, seconds = {run.name: run for run in runs}.values(), [], {}, {}
+    runs, waiting, running, seconds, precision = {run.name: run for run in runs}.values(), [], {}, {}, None
 
     def note_time(record):
         if record and "failed" not in record:
@@ -208,13 +208,20 @@ def train_missing(runs, jobs):
             while waiting and len(running) < jobs:
                 left = time_left(waiting, seconds, jobs)
                 run = waiting.pop(0)
-                print(f"{run.name}: run {len(runs) - len(waiting)} of {len(runs)}{left}; output in {run.log}", flush=True)
+                number = len(runs) - len(waiting)
+                if load(run):  # another compare.py has finished it meanwhile
+                    continue
+                if precision and run.settings.precision == "auto" and not Path(run.settings.out).exists():
+                    run.settings.precision = precision  # as the runs before: a new measurement may differ
+                print(f"{run.name}: run {number} of {len(runs)}{left}; output in {run.log}", flush=True)
                 process = start(run, jobs)
                 running[process.sentinel] = run, process
             for sentinel in wait(running):
                 run, process = running.pop(sentinel)
                 finish(run, process)
-                note_time(load(run))
+                record = load(run)
+                precision = record["machine"]["precision"]
+                note_time(record)
     finally:
         for _, process in running.values():
             process.terminate()

@@ -1,7 +1,7 @@
 """The table of techniques with their options and defaults, and the command line made from it.
 
 A technique is one row of TECHNIQUES here and one entry in model.py; the command line, the comparison and the
-plots loop over this table. Nothing slow is imported, so --help and typing errors are answered at once.
+plots loop over this table. Nothing slow is imported, so --help and typos are answered at once.
 """
 import argparse
 import math
@@ -40,8 +40,8 @@ count, share, positive = number(int, 1), number(float, 0, 1), number(float, 1e-1
 # How each technique option is written on the command line: arguments for argparse.
 OPTIONS = {
     "targets": dict(nargs="+", metavar="NAME", help="the linear layers that are wrapped, by the end of their names"),
-    "rank": dict(type=count, metavar="R", help="rank of the update. Alpha does not move with it: --rank 64 scales the "
-                 "update by 16 / 64 = 0.25, which keeps a good learning rate good (Hu et al., section 4.1)"),
+    "rank": dict(type=count, metavar="R", help="rank of the update. Alpha stays the same: --rank 64 scales the update by "
+                 "16 / 64 = 0.25, so that the learning rate need not be tuned again (Hu et al., section 4.1)"),
     "alpha": dict(type=positive, metavar="X", help="the update is scaled by alpha / rank"),
     "rslora": dict(help="scale by alpha / sqrt(rank) instead"),
     "init_from": dict(metavar="FOLDER", help="start from a LoRA that peft saved in this folder; it decides the targets, "
@@ -106,7 +106,7 @@ def add_common(parser):
     group.add_argument("--weight-decay", metavar="X", type=number(float, 0), default=0.01,
                        help="AdamW's, on matrices only (default: 0.01)")
     group.add_argument("--clip", metavar="X", type=positive, default=1.0,
-                       help="longest norm of the gradient (default: 1)")
+                       help="largest norm of the gradient (default: 1)")
     group.add_argument("--head-dropout", metavar="X", type=share, default=0.1, help="dropout in the head (default: 0.1)")
     group.add_argument("--pooling", choices=("mean", "cls"), default="mean",
                        help="input of the head: the mean of all tokens, or [CLS] (default: mean)")
@@ -124,13 +124,13 @@ def add_run(parser, technique):
     group = parser.add_argument_group("run")
     group.add_argument("--lr", metavar="X", type=positive, default=technique.lr,
                        help=f"highest learning rate (default: {technique.lr:g})")
-    group.add_argument("--fold", metavar="I", type=number(int, 0, 9), help="the tenth of the data to test on (default: 0)")
-    group.add_argument("--seed", metavar="N", type=number(int, 0), default=0, help="of all randomness (default: 0)")
+    group.add_argument("--fold", metavar="I", type=number(int, 0, 9), help="index of the part of the data to test on (default: 0)")
+    group.add_argument("--seed", metavar="N", type=number(int, 0, 2**32 - 1), default=0, help="of all randomness (default: 0)")
     group.add_argument("--out", metavar="FOLDER",
                        help="folder of the run (default: runs/TECHNIQUE-foldI, or -seedN with --test)")
     group.add_argument("--save-every", metavar="STEPS", type=count, default=100,
                        help="how often to save the state (default: 100)")
-    group.add_argument("--resume", action="store_true", help="continue an unfinished run")
+    group.add_argument("--resume", action="store_true", help="resume an unfinished run")
     group.add_argument("--overwrite", action="store_true", help="replace an existing run")
     if technique.options:
         group = parser.add_argument_group(technique.label)
@@ -167,7 +167,7 @@ def parse(arguments):
     parser = make_parser()
     settings, unknown = parser.parse_known_args(arguments)
     if unknown:
-        parser.error(f"{unknown[0]} is no option of {settings.technique}")
+        parser.error(f"{unknown[0]} is not an option of {settings.technique}")
     if settings.test and settings.fold is not None:
         parser.error("--fold picks a test set from the data, but --test names one; repeat a run with --seed instead")
     if settings.test and not settings.data:

@@ -169,9 +169,10 @@ STUDIES = {
 
 PROTOCOL = """\
 - Every technique has the same encoder, head, initialisation of the head, order of batches, schedule and number of
-  epochs, and no dropout in the encoder. Fold i is tested on part i of eleven, and trained on nine; the eleventh is dev.
-- Every choice looks at dev alone. Learning rates come from a grid by factors of 2 on folds 0 to 2, the best never at an
-  edge. Accuracy rule (primary, and the defaults of train.py): the highest mean dev accuracy among rates whose double is
+  epochs, and no dropout in the encoder. The hash of a text puts it into one of eleven parts. Fold i tests on part i,
+  part 10 is dev, the other nine are for training.
+- All choices use dev only. Learning rates come from a grid by factors of 2 on folds 0 to 2, the best never at an
+  edge. Accuracy rule (primary; once searched, the defaults of train.py): the highest mean dev accuracy among rates whose double is
   at most 1 point less accurate. Loss rule: the lowest mean dev loss.
 - Measures: accuracy, and calibrated loss: log loss after one temperature, fitted on the dev predictions of the run.
 - Intervals over folds: paired, Student's t, variance times 1/k + 1/9 for k folds (Nadeau and Bengio 2003). Better or
