@@ -2016,6 +2016,7 @@ def test_training_starts_from_a_lora_of_peft_and_the_run_needs_its_folder_no_mor
 
 def test_a_csv_file_is_classified_with_probabilities(finished_runs, tmp_path, capsys):
     run, path = finished_runs("lora", "mean"), tmp_path / "in.csv"
+    capsys.readouterr()  # what training prints
     path.write_text('id,text\n1,"a good, warm film"\n2,"dull\nand slow"\n', encoding="utf-8-sig")
     assert use.main(["predict", str(run), "--csv", str(path)]) == 0
     header, *rows = csv.reader(capsys.readouterr().out.splitlines(keepends=True))
