@@ -239,8 +239,10 @@ def draw(result, findings, place):
     if study.references:
         main = collect(place, "techniques", result.folds).outcomes
         references = {name: mean_std(main[name].values(), "accuracy")[0] for name in ("head", "full") if main[name]}
-    plots.study(study.x_label, get_panels(result, findings), place.out / names[0], bars,
-                f"{study.part} accuracy (%)", references)
+    ranks = bool(findings) or not study.contrasts  # not with --quick
+    if ranks:
+        plots.study(study.x_label, get_panels(result, findings), place.out / names[0], bars,
+                    f"{study.part} accuracy (%)", references)
     if study.costs:
         names += [f"{result.name}-curves.png", f"{result.name}-costs.png"]
         histories = {name: [run.record["history"] for run in runs.values()] for name, runs in result.outcomes.items()}
@@ -250,7 +252,7 @@ def draw(result, findings, place):
     if study.costs and differences:
         names.append(f"{result.name}-differences.png")
         plots.differences(differences, place.out / names[3])
-    return names
+    return names if ranks else names[1:]
 
 
 # -- report -----------------------------------------------------------------------------------------------
