@@ -15,7 +15,6 @@ import re
 import runpy
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -47,7 +46,7 @@ from minipeft import (
     settings, settings as options, stats, studies)
 from minipeft.adapter import (
     Adapter, AdapterLinear, TrainedNorm, adapter_state, add_adapters, load_adapters, remove_adapters)
-from minipeft.bert import Bert, BertConfig, Block, check_tensors, hugging_face_name, load_bert, read_config, save_bert
+from minipeft.bert import Bert, BertConfig, Block, hugging_face_name, load_bert, read_config, save_bert
 from minipeft.checkpoint import open_run
 from minipeft.files import UserError, read_json, write_json
 from minipeft.head import Classifier, freeze, pool, train_biases
