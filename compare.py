@@ -1,14 +1,15 @@
 """Compare the techniques on equal footing: same folds, same head, same order of data, same schedule.
 
     python compare.py                 head, adapters, LoRA and full fine-tuning on three folds: tables and figures
-    python compare.py --quick         the same in small, to see it work; too short to rank the techniques
+    python compare.py --quick         a smoke test on 640 sentences; too short to rank the techniques
     python compare.py --study rank    test one claim of the papers (minipeft/studies.py lists them)
     python compare.py --rates         search the learning rates on dev
     python compare.py --report        train nothing
 
 Each run is a train.py run in a process of its own and leaves one record, OUT/runs/NAME.json. Existing records are
-reused; an unfinished run resumes. In the end OUT/README.md and its figures are written, from all records in OUT.
+reused; an unfinished run resumes. Then it writes OUT/README.md and its figures from all records in OUT.
 """
+import shlex
 import sys
 from pathlib import Path
 
@@ -30,10 +31,11 @@ def parse(arguments):
     parser = options.Parser(prog="compare.py", description="Compare head tuning, adapters, LoRA and full fine-tuning.")
     whole = [name for name, search in SEARCHES.items() if "limit" not in search.options]
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--quick", action="store_true", help="one fold, 640 sentences, one epoch: to see it work")
+    mode.add_argument("--quick", action="store_true", help=f"a smoke test: one fold, {QUICK['limit']} sentences, "
+                      "one epoch")
     mode.add_argument("--study", nargs="+", choices=STUDIES, metavar="NAME", help=f"test claims: {', '.join(STUDIES)}")
     mode.add_argument("--rates", nargs="*", choices=SEARCHES, metavar="NAME", help="search learning rates on dev, on "
-                      f"folds 0 to 2: {', '.join(SEARCHES)} (default: {' '.join(whole)})")
+                      f"folds 0 to 2 (with --test: seeds): {', '.join(SEARCHES)} (default: {' '.join(whole)})")
     mode.add_argument("--report", action="store_true", help="train nothing: README.md and figures from the records")
     parser.add_argument("--folds", "--seeds", metavar="N", type=options.number(int, 1, 10),
                         help="test on N of the ten folds (default: 3; for a study what studies.py says); with --test, "
@@ -56,10 +58,10 @@ def parse(arguments):
 
     planned = [SEARCHES[name] for name in chosen.rates or ()]
     planned = planned or [variant for name in chosen.study for variant in STUDIES[name].variants]
-    usual, taken = common_defaults(), set().union(*(plan.options for plan in planned), QUICK if chosen.quick else ())
-    chosen.common = {name: getattr(chosen, name) for name in usual}
+    default, taken = common_defaults(), set().union(*(plan.options for plan in planned), QUICK if chosen.quick else ())
+    chosen.common = {name: getattr(chosen, name) for name in default}
     for name, value in chosen.common.items():
-        if value != usual[name] and (chosen.report or name in taken):
+        if value != default[name] and (chosen.report or name in taken):
             parser.error(f"--{name.replace('_', '-')} is set by {'the records' if chosen.report else 'compare.py'} "
                          "here: leave it out")
     if chosen.quick:
@@ -113,30 +115,31 @@ def measure(result, contrast):
 
 
 def describe(found):
-    """A finding in one line: both differences with their intervals and words, and how many pairs there are."""
+    """A finding in one line: differences, intervals and verdicts for accuracy and loss, and the number of pairs."""
     accuracy, loss = found.accuracy, found.loss
     left_out = f", {found.left_out} left out (a run failed, or two machines)" if found.left_out else ""
     if accuracy is None:
         return f"{found.name}: no pair of runs{left_out}"
     return (f"{found.name}: {accuracy.mean:+.2f} points [{accuracy.low:+.2f}, {accuracy.high:+.2f}] at "
-            f"{100 * accuracy.level:.4g} %, [{accuracy.low90:+.2f}, {accuracy.high90:+.2f}] at 90 %: {accuracy.word}; "
-            f"calibrated loss {loss.mean:+.4f} [{loss.low:+.4f}, {loss.high:+.4f}]: {loss.word}; "
+            f"{100 * accuracy.level:.4g} %, [{accuracy.low90:+.2f}, {accuracy.high90:+.2f}] at 90 %: "
+            f"{accuracy.verdict}; "
+            f"calibrated loss {loss.mean:+.4f} [{loss.low:+.4f}, {loss.high:+.4f}]: {loss.verdict}; "
             + ("one run" if accuracy.runs == 1 else f"{accuracy.runs} pairs") + left_out)
 
 
-def judge(found):
-    """The verdict on what a claim expects of a contrast. Where accuracy does not settle which is better, calibrated
-    loss may, and the words say so."""
+def verdict_on_claim(found):
+    """The verdict on what a claim expects of a contrast. If accuracy does not settle which is better, calibrated loss
+    may, and the verdict then says so."""
     expected, accuracy = found.contrast.expected, found.accuracy
     if accuracy is None:
         return "not measured"
-    word, by = accuracy.word, ""
+    word, by = accuracy.verdict, ""
     settled = expected == "equivalent" or word.startswith(("better", "worse"))
-    if not settled and found.loss.word != stats.INCONCLUSIVE:
-        word, by = found.loss.word, " by calibrated loss"
+    if not settled and found.loss.verdict != stats.INCONCLUSIVE:
+        word, by = found.loss.verdict, " by calibrated loss"
     verdict = f"confirmed{by}" if expected in word else f"contradicted{by} ({word})"
     if word == stats.INCONCLUSIVE:
-        verdict = f"{word} ({accuracy.needed} folds would settle it)" if accuracy.needed else word
+        verdict = f"{word} ({accuracy.needed} folds needed)" if accuracy.needed else word
     return f"{verdict}, one run" if accuracy.runs == 1 else verdict
 
 
@@ -235,7 +238,8 @@ def draw(result, findings, place):
     """Draw the figures of a study. Returns their names."""
     study, names, bars, references = result.study, [f"{result.name}.png"], None, {}
     if findings:
-        bars = f"{100 - 5 / len(findings):.4g} % interval of the paired difference of its contrast"
+        level = next((found.accuracy.level for found in findings if found.accuracy), 0.95)
+        bars = f"{100 * level:.4g} % interval of the paired difference of its contrast"
     if study.references:
         main = collect(place, "techniques", result.folds).outcomes
         references = {name: mean_std(main[name].values(), "accuracy")[0] for name in ("head", "full") if main[name]}
@@ -258,10 +262,12 @@ def draw(result, findings, place):
 # -- report -----------------------------------------------------------------------------------------------
 
 MEASURED = "no verdict: measured only"
+TITLE = "# Results"
 
 
 def show(result, findings, place):
-    """(the tables of a study as lines, the names of its figures, which are drawn). Without findings nothing ranks."""
+    """(the tables of a study as lines, the names of its figures, which are drawn). Without findings, both leave out
+    what ranks the variants."""
     lines = [*quality_table(result, bool(findings)), ""]
     if result.study.costs:
         where, groups = on_one_machine(result)
@@ -271,11 +277,13 @@ def show(result, findings, place):
 
 
 def command_of(place, *words):
-    """The command that makes these runs."""
-    usual = common_defaults()
-    given = [f"--{name.replace('_', '-')} {Path(value).name if name in PATHS else word(value)}"
-             for name, value in place.common.items() if value != usual[name]]
-    return " ".join(["python compare.py", *words, *given, f"--out {place.out.as_posix()}"])
+    """The command line with these words that makes runs of this place."""
+    words = list(words)
+    default = common_defaults()
+    for name, value in place.common.items():
+        if value != default[name]:
+            words += "--" + name.replace("_", "-"), word(value)
+    return shlex.join(["python", "compare.py", *words, "--out", place.out.as_posix()])
 
 
 def report_study(place, name, path=""):
@@ -290,7 +298,8 @@ def report_study(place, name, path=""):
     if quick:
         return ["These runs are too short to rank the techniques; python compare.py compares them.", "", *lines], []
     measured = [describe(found) for found in findings] or find_best(result)
-    verdicts = [f"{found.name}: {judge(found)}" for found in findings if found.contrast.expected] or [MEASURED]
+    judged = [found for found in findings if found.contrast.expected]
+    verdicts = [f"{found.name}: {verdict_on_claim(found)}" for found in judged] or [MEASURED]
     command = command_of(place, "--study", name, "--folds", str(len(result.folds)))
     lines = [f"{study.claim} ({study.source}): `{command}`", "", *(f"- {line}" for line in measured),
              *(f"- Verdict: {line}" for line in verdicts), "", *lines]
@@ -303,7 +312,7 @@ def report_rates(place):
     chosen, rows, figures = rates.publish(place)
     if not chosen:
         return [], []
-    command, claims = command_of(place, "--rates"), []
+    command, claims = command_of(place, "--rates", *chosen), []
     if {"lora", "full"} <= chosen.keys():
         by_accuracy, by_loss = (chosen["lora"][rule] / chosen["full"][rule] for rule in ("accuracy", "loss"))
         claims = [{"claim": "LoRA's best learning rate is about ten times that of full fine-tuning",
@@ -316,11 +325,18 @@ def read_place(out):
     """The Place of the records in `out`. The settings that all records share are its common ones."""
     records = [checkpoint.read_record(path) for path in sorted((out / "runs").glob("*.json"))]
     if not records:
-        raise UserError(f"{out / 'runs'} holds no records: name the folder of a comparison with --out")
-    usual, first = common_defaults(), records[0]
+        raise UserError(f"{out / 'runs'} holds no records: name the folder of a comparison with --out, or run "
+                        "python compare.py first")
+    default, first = common_defaults(), records[0]
     shared = {name: value for name, value in first["settings"].items()
-              if name in usual and all(record["settings"].get(name) == value for record in records)}
-    return Place(out, usual | shared, first["weights_sha256"], first["data_sha256"])
+              if name in default and all(record["settings"].get(name) == value for record in records)}
+    return Place(out, default | shared, first["weights_sha256"], first["data_sha256"])
+
+
+def check_readme(path):
+    """UserError if `report` would replace a file that it did not write."""
+    if path.is_file() and not path.read_text(encoding="utf-8").startswith(TITLE + "\n"):
+        raise UserError(f"{path} was not written by compare.py: choose another --out")
 
 
 def report(place):
@@ -340,7 +356,8 @@ def report(place):
         other = read_place(folder)
         sections |= {f"{folder.name}: {name}": report_study(other, name, f"{folder.name}/")[0] for name in STUDIES}
     sections["Limits"] = [LIMITS]
-    text = ["# Results", "", f"`{command_of(place, '--report')}` writes this file and its figures from runs/."]
+    command = shlex.join(["python", "compare.py", "--report", "--out", place.out.as_posix()])
+    text = [TITLE, "", f"`{command}` writes this file and its figures from runs/."]
     for heading, lines in sections.items():
         if lines:
             text += ["", f"## {heading}", "", *lines]
@@ -354,6 +371,7 @@ def main(chosen):
     """Train what is missing, write the report, and print what was asked for. Returns the exit code."""
     headings = ["Claims"] if chosen.report else ["Learning rates"] if chosen.rates else chosen.study
     try:
+        check_readme(chosen.out / "README.md")
         place = read_place(chosen.out) if chosen.report else find_place(chosen.out, chosen.common)
         for name in chosen.rates or ():
             rates.search(name, place, chosen.jobs)
@@ -372,7 +390,7 @@ def main(chosen):
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command continues, with what is in {chosen.out}", file=sys.stderr)
+        print(f"\nstopped; run the same command again to resume in {chosen.out}", file=sys.stderr)
         return 130
 
 

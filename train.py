@@ -173,7 +173,7 @@ def train(forward, optimizer, train_set, dev_set, progress, settings, save):
                 continue  # taken before the run was interrupted
             started = time.perf_counter()
             torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout
-            indices, weight = parallel.share(train_set[batch])  # in one process: all of them, and 1
+            indices, weight = parallel.share(train_set[batch])  # weight: of this process's share; alone, 1
             labels = forward.labels[indices]
 
             logits = forward.logits(indices)
@@ -245,7 +245,7 @@ def make_optimizer(model, settings):
 
 
 def evaluate_run(forward, dev_set, test_set, progress):
-    """Evaluate the model as it will be used, LoRA merged; the only use of the test set. Returns metrics, dev and test."""
+    """Evaluate the model as it will be used, LoRA merged: {"metrics", "dev", "test"}. The only use of the test set."""
     merge_lora(forward.model)
     forward.frozen = False  # no cached features: the time of inference includes the encoder
     corpus, metrics, parts, started = forward.corpus, dict(progress.history[-1]), {}, time.perf_counter()
@@ -272,7 +272,8 @@ def report(record, corpus, dev_set, folder):
                   f"{classes[corpus.labels[dev_set[row]]]}: {text[:200]}")
     memory = f"{metrics['peak_memory_mb']:,.0f} MB" if metrics["peak_memory_mb"] else "unknown"
     print(f"\ntest loss {metrics['test_loss']:.3f} accuracy {metrics['test_accuracy']:.1%} on "
-          f"{record['sentences']['test']:,} sentences\ntraining took {metrics['train_seconds']:.0f} s, peak memory {memory}, "
+          f"{record['sentences']['test']:,} sentences\n"
+          f"training took {metrics['train_seconds']:.0f} s, peak memory {memory}, "
           f"trained tensors {metrics['saved_bytes'] / 1e6:.1f} MB\nfiles in {folder}/: "
           f"{', '.join(sorted(path.name for path in folder.iterdir() if path.name != 'lock'))}\n"
           f'use it: python -m minipeft predict {folder} "a sentence of yours"')

@@ -276,7 +276,7 @@ def compare_files(weights, temporary):
     model = build(settings, 2, weights).eval()
     random_b(model)
     interop.export_peft(model, settings, {"pooling": "mean"}, temporary / "mean")
-    interop.save_tensors(temporary / "mean" / interop.HEAD, interop.head_tensors(model.head), {"pooling": "mean"})
+    interop.write_safetensors(temporary / "mean" / interop.HEAD, interop.head_tensors(model.head), {"pooling": "mean"})
     import_run(temporary / "mean", temporary / "mean-run", weights)
     export(temporary / "mean-run", temporary / "encoder", "transformers", weights)
     theirs, head = AutoModel.from_pretrained(temporary / "encoder").eval(), Head(384, 2).eval()
@@ -506,7 +506,8 @@ def tables(results):
                 lines.append(f"| {row['what']} | {found} | {target} |")
             lines.append("")
     if "models" in results:
-        lines += ["**The technique files alone, next to other models** (tiny, random; loss before and after 5 steps)", "",
+        lines += ["**The technique files alone, next to other models** (tiny, random; loss before and after 5 steps)",
+                  "",
                   "| model | head tuning | BitFit | adapters | LoRA | merged logits differ by | tied and still tied |",
                   "|---|---|---|---|---|---|---|"]
         for found in results["models"]["rows"]:

@@ -4,7 +4,8 @@
     python benchmarks/speed.py            results/speed-<processor>.json; resumes after an interruption
     python benchmarks/speed.py --quick --out /tmp/speed
 
-Three sides train the same model on the same token ids with the same batch size, rates, dropout and AdamW:
+Three sides train the same model on the same token ids with the same batch size, rates, dropout and AdamW; usual and
+best are called the peers:
 
     usual      Trainer + peft: shuffled batches padded to their longest sentence, fp32, fused attention (sdpa)
     best       the same with batches grouped by length, and the fastest of {fp32, bf16} x {eager, sdpa} in a short
@@ -12,8 +13,9 @@ Three sides train the same model on the same token ids with the same batch size,
     minipeft   train.py with its defaults
 
 Each measurement is a process of its own, and the sides take turns. Training runs on a sample of the default data;
-seconds are those of the training loop, scaled to a whole epoch by the number of tokens. Memory is the peak of the
-process, and the first step is timed from the start of the program. The peers do no evaluation, logging or saving.
+seconds are those of the training loop, scaled to a whole epoch by the number of tokens (long texts: a step). Memory
+is the peak of the process, and the first step is timed from the start of the program. The peers do no evaluation,
+logging or saving.
 Adapters are minipeft's on all sides; the usual way to tune a head is Trainer on a frozen encoder. Nothing else should
 run on the machine meanwhile.
 """
@@ -36,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # torch, minipeft and transformers are imported in the process that needs them
 
 SIDES = ("usual", "best", "minipeft")
-EPOCHS = {"lora": 1, "adapter": 1, "full": 1, "head": 3}  # head tuning encodes once and reuses that
+EPOCHS = {"lora": 1, "adapter": 1, "full": 1, "head": 3}  # head tuning encodes once and caches the result
 USUAL = {"precision": "fp32", "attention": "sdpa", "grouped": False}
 TRIAL = [{"precision": precision, "attention": attention, "grouped": True}
          for precision in ("fp32", "bf16") for attention in ("eager", "sdpa")]
@@ -410,12 +412,12 @@ def tables(content):
     share = about["lora_flops"] * scales["lora"] / 1e9 / median(values("lora/minipeft")) / max(rates.values())
     lines += ["", "| LoRA | |", "|---|---|",
               f"| GFLOP/s of matrix products | fp32 {rates['fp32']:.0f}, bf16 {rates['bf16']:.0f} |",
-              f"| share of the faster in training | {share:.0%} (aim {60 if precision == 'bf16' else 65} %) |",
+              f"| share of the faster that training reaches | {share:.0%} (aim {60 if precision == 'bf16' else 65} %) |",
               f"| {options['long']} tokens, plain modules | {cell('long/plain')} s a step, "
               f"{cell('long/plain', 'peak_memory_mb')} MB |"]
     for number, words in ((1, "one after the other"), (2, "two at once")):
         threads, seconds = runs[f"jobs/{number}/0"]["threads"], median(values(f"jobs/{number}"))
-        lines.append(f"| runs an hour, {words}, {threads} threads each | {number * 3600 / seconds:.0f} |")
+        lines.append(f"| runs an hour, {words}, threads each: {threads} | {number * 3600 / seconds:.0f} |")
     return lines
 
 

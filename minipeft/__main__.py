@@ -21,7 +21,8 @@ def add_predict(commands):
 
 
 def add_weights(parser):
-    parser.add_argument("--weights", metavar="FOLDER", help="the base weights, if not the default ones or moved since")
+    parser.add_argument("--weights", metavar="FOLDER",
+                        help="folder of the base weights (default: as recorded in the run)")
 
 
 def predict(options):
@@ -39,13 +40,15 @@ def predict(options):
     def probabilities(texts):
         sentences, cut = data.tokenize(tokenizer, texts)
         if cut:
-            print(f"{cut} texts were cut to {settings['max_length']} tokens", file=sys.stderr)
+            print(f"texts cut to {settings['max_length']} tokens: {cut}", file=sys.stderr)
         return torch.from_numpy(models.predict(model, sentences)).softmax(1)
 
-    at_once = 1 if sys.stdin.isatty() and not options.csv else 1024  # who types wants each prediction at once
+    at_once = 1 if sys.stdin.isatty() and not options.csv else 1024  # in a terminal, line by line
     if options.csv:
         rows = data.read_rows(options.csv, {"strict": True})
-        _, header = next(rows, (1, []))
+        _, header = next(rows, (1, None))
+        if not header:
+            raise UserError(f"{options.csv} is empty: the first line must name the columns")
         column = options.text_column or settings.get("text_column") or "text"
         header = [name.strip() for name in header]
         if column not in header:
@@ -107,8 +110,8 @@ def import_(options):
 
 def add_explain(commands):
     parser = commands.add_parser("explain", help="walk through a technique with real numbers", description=(
-        "Walk through a technique on the real model, in seconds: what is swapped and how many parameters it trains, why "
-        "it starts as it does, which gradients exist at the first step, one sentence before and after ten steps of "
+        "Walk through a technique on the real model, in seconds: what is swapped and how many parameters it trains, "
+        "why it starts as it does, which gradients exist at the first step, one sentence before and after ten steps of "
         "training, and what a training step needs in memory and matrix products. lora: also the merge; adapter: why it "
         "cannot be merged; head: the cache; full: how far the weights move."))
     parser.add_argument("technique", choices=("lora", "adapter", "head", "full"), help="what is explained")

@@ -1,6 +1,6 @@
 """Adapters (Houlsby et al. 2019, arXiv 1902.00751) for any model made of linear and normalisation layers.
 
-A small bottleneck after each sub-layer learns the task; the pretrained weights stay as they are. This file needs only
+A small bottleneck after each sub-layer is trained; the pretrained weights stay as they are. This file needs only
 torch: copy it as it is, call add_adapters, train the parameters that require a gradient.
 """
 import copy
@@ -39,8 +39,9 @@ class Adapter(nn.Module):
 
 
 class Unfused(torch.Tensor):
-    """A tensor type that makes nn.TransformerEncoderLayer call its children in inference. Otherwise it only reads their
-    weights and leaves out adapters. For torch.export, call torch.backends.mha.set_fastpath_enabled(False) as well."""
+    """Only for nn.TransformerEncoderLayer; skip it at first reading. In inference that layer has a fused kernel, which
+    reads its children's weights without calling them and would leave out adapters. Weights of this tensor type turn the
+    kernel off. For torch.export, call torch.backends.mha.set_fastpath_enabled(False) as well."""
 
 
 class AdapterLinear(nn.Module):
@@ -94,7 +95,8 @@ def named(model, target):
 
 
 def freeze(model, train=()):
-    """Freeze `model` in place, except the modules that `train` names by dotted suffix. Return []: nothing is swapped.
+    """Freeze `model` in place, except the modules that `train` names by dotted suffix. Return [], no names: nothing
+    is swapped.
 
     Raise ValueError, and change nothing, for a name without a module. Warn if a module called `classifier` or `score`
     is frozen: a new head would stay at its random initialisation.
@@ -122,7 +124,7 @@ def is_linear(module):
 
 def matching(model, targets, fits):
     """Return the modules that `targets` name by dotted suffix, each once. Raise ValueError, with the names that could
-    match, for a target that matches nothing, a parameter, or a module that cannot be wrapped (`fits` is false)."""
+    match, if a target matches nothing, or matches a parameter or a module that cannot be wrapped (`fits` is false)."""
     modules = dict(model.named_modules(remove_duplicate=False))
 
     def problem(name):

@@ -1,7 +1,7 @@
-"""What finished runs and built models tell without training: layers, spectra, forgetting, memory, inference.
+"""Analyse finished runs and models without training: layers, spectra, forgetting, memory, inference.
 
-    python -m minipeft.analysis --out results --runs results/folders      claims 7, 11, 12 and 14
-    python -m minipeft.analysis --out results --latency                   claim 13, on a quiet machine
+    python -m minipeft.analysis --out results --runs results/folders      all but inference
+    python -m minipeft.analysis --out results --latency                   inference, on a quiet machine
 
 Each function returns plain numbers. `main` writes them to analysis.json, with one row a claim, and draws figures.
 """
@@ -21,7 +21,7 @@ from .files import UserError, read_json, write_json
 from .head import pool
 from .lora import merge_lora
 from .memory import SENTENCES, TOKENS, make_model, memory
-from .model import predict
+from .model import predict, processor
 
 
 def read_data(record, weights):
@@ -43,7 +43,7 @@ def layer_spans(folder, weights=None):
     """
     model, record, weights = checkpoint.open_run(folder, weights)
     if not any(isinstance(module, AdapterLinear) for module in model.modules()):
-        raise UserError(f"{folder} is not a run with adapters")
+        raise UserError(f"{folder} is not a run with adapters: choose a folder that train.py adapter wrote")
     corpus, _, test = read_data(record, weights)
     sentences, layers = corpus.sentences(test), len(model.encoder.layers)
 
@@ -84,7 +84,8 @@ def intruders(before, after, top=10, cosine=0.5):
 
 
 def update_spectrum(folder, weights=None):
-    """Singular values of W - W0 for each linear layer of the encoder, and intruder dimensions. {layer name: numbers}"""
+    """Singular values of W - W0 for each linear layer of the encoder that was trained, and intruder dimensions.
+    {layer name: numbers}"""
     model, _, weights = checkpoint.open_run(folder, weights)
     merge_lora(model)
     tuned, result = dict(model.encoder.named_modules()), {}
@@ -92,6 +93,8 @@ def update_spectrum(folder, weights=None):
         if isinstance(layer, nn.Linear) and name != "pooler":
             linear = getattr(tuned[name], "linear", tuned[name])  # the base layer in an adapter's wrapper
             before, after = layer.weight.detach().double(), linear.weight.detach().double()
+            if torch.equal(before, after):
+                continue
             values = torch.linalg.svdvals(after - before)
             result[name] = {"values": values.tolist(), "rank": rank_of_energy(values),
                             "intruders": intruders(before, after)}
@@ -116,8 +119,11 @@ def cosines(vectors):
 
 
 def similarity_kept(folder, weights=None, count=500, groups=10):
-    """How far the pretrained encoder's sentence similarities survive: Spearman's correlation of the pairwise cosines of
-    mean-pooled vectors of `count` dev sentences, before and after. Also in each of `groups` disjoint parts of them."""
+    """Measure how well training preserves the sentence similarities of the pretrained encoder.
+
+    Returns Spearman's correlation of the pairwise cosines of mean-pooled vectors of `count` dev sentences, before and
+    after, and the same in each of `groups` disjoint parts of them.
+    """
     model, record, weights = checkpoint.open_run(folder, weights)
     corpus, dev, _ = read_data(record, weights)
     sentences = corpus.sentences(np.random.default_rng(0).permutation(dev)[:count])
@@ -166,7 +172,7 @@ def claim_layers(found):
             "measured": f"one run, {found['sentences']:,} test sentences, {found['complete']:.1f} % with all adapters. "
                         f"Removed: the worst single layer ({found['worst'] + 1}) {single}; all {everything}; the lower "
                         f"half instead of the upper half {halves}",
-            "verdict": "one run. " + "; ".join(f"{name}: {row['word']}" for name, row in rows.items()),
+            "verdict": "one run. " + "; ".join(f"{name}: {row['verdict']}" for name, row in rows.items()),
             "figure": "layers.png"}
 
 
@@ -180,14 +186,15 @@ def claim_spectrum(found):
     """found: {technique: result of update_spectrum}, with full and lora. All matrices have the same full rank."""
     full, lora = mean_energy(found["full"]), mean_energy(found["lora"])
     needed, rank = (rank_of_energy(np.sqrt(energy)) for energy in (full, lora))
-    most, count = int((lora > 1e-12).sum()), 10 * len(found["full"])
+    most, matrices = int((lora > 1e-12).sum()), {name: len(rows) for name, rows in found.items()}
     new = {name: sum(row["intruders"] for row in rows.values()) for name, rows in found.items()}
     return {"claim": "the update of full fine-tuning is low-rank; LoRA has intruder dimensions, full has none",
             "source": "Hu et al. 2021, section 4.1 (hypothesis); 2405.09673 (the opposite); 2410.21228 (intruders)",
-            "measured": f"one run each, mean over {len(found['full'])} matrices. 90 % of the update's energy needs "
-                        f"rank {needed} of {len(full)} (full) and {rank} of {most} (LoRA); the first {most} ranks hold "
-                        f"{full[:most].sum():.0%} of full fine-tuning's. Intruder dimensions among the top 10 of each "
-                        f"matrix: {new['full']} of {count} (full), {new['lora']} of {count} (LoRA)",
+            "measured": f"one run each, mean over the trained matrices ({matrices['full']} full, {matrices['lora']} "
+                        f"LoRA). 90 % of the update's energy needs rank {needed} of {len(full)} (full) and {rank} of "
+                        f"{most} (LoRA); the first {most} ranks hold {full[:most].sum():.0%} of full fine-tuning's. "
+                        f"Intruder dimensions among the top 10 of each matrix: {new['full']} of "
+                        f"{10 * matrices['full']} (full), {new['lora']} of {10 * matrices['lora']} (LoRA)",
             "verdict": f"one run each. {'Low-rank' if needed <= 0.1 * len(full) else 'Not low-rank'}, if that means at "
                        f"most 10 % of the ranks (it needs {needed / len(full):.0%}). Intruder dimensions: "
                        f"{new['lora']} with LoRA, {new['full']} with full fine-tuning",
@@ -202,7 +209,7 @@ def claim_forgetting(found):
             "measured": f"one run each. Rank correlation of sentence similarities with the untouched model (1), "
                         f"{found['full']['sentences']} dev sentences: {each}. LoRA - full in {pair['runs']} groups of "
                         f"sentences: {span(pair, '', 3)}",
-            "verdict": f"one run each. LoRA against full fine-tuning: {pair['word']}", "figure": None}
+            "verdict": f"one run each. LoRA against full fine-tuning: {pair['verdict']}", "figure": None}
 
 
 def claim_memory(found):
@@ -239,7 +246,7 @@ def claim_latency(found, processor):
             pair = vars(stats.paired(100 * (np.array(times[name]) / base - 1), overlap=0, margin=None,
                                      comparisons=len(found) * (len(VARIANTS) - 1), lower_is_better=True))
             parts.append(f"{name} {span(pair, '%')}")
-            words.append(f"batch {size}, {name}: {pair['word']}")
+            words.append(f"batch {size}, {name}: {pair['verdict']}")
     return {"claim": "merged LoRA costs nothing in inference; adapters cost most at batch 1",
             "source": "Hu et al. 2021, section 3 and table 1",
             "measured": f"{processor}, {torch.get_num_threads()} threads, {TOKENS} tokens. {'; '.join(parts)}",
@@ -255,8 +262,10 @@ def find_runs(folder):
 
 
 def analyse(out, runs=None, weights=None):
-    """Measure claims 7, 11, 12 and 14, as far as there are runs for them, and draw their figures. {name: section}"""
+    """Measure everything but inference, as far as there are runs for it, and draw the figures. {name: section}"""
     weights, folders, sections = download.find_weights(weights), find_runs(runs) if runs else {}, {}
+    if runs and not folders:
+        raise UserError(f"--runs {runs} holds no finished run; compare.py writes its runs to OUT/folders")
     if "adapter" in folders:
         found = layer_spans(folders["adapter"], weights)
         plots.heat_map(found["matrix"], found["complete"], out / "layers.png")
@@ -284,7 +293,8 @@ def analyse(out, runs=None, weights=None):
 
 def main(arguments=None):
     """Write OUT/analysis.json: a section a claim, and "claims", the rows of the table. Returns the exit code."""
-    parser = options.Parser(prog="python -m minipeft.analysis", description="Measure what needs no training.")
+    parser = options.Parser(prog="python -m minipeft.analysis", description=(
+        "Measure layers, spectra, forgetting, memory and inference. Trains nothing."))
     parser.add_argument("--out", default="results", help="folder for analysis.json and figures (default: results)")
     parser.add_argument("--runs", metavar="FOLDER", help="a folder of finished runs (default: measure memory only)")
     parser.add_argument("--weights", metavar="FOLDER", help="the base weights of the runs")
@@ -293,7 +303,6 @@ def main(arguments=None):
     try:
         path, command = Path(given.out) / "analysis.json", "python -m minipeft.analysis"
         if given.latency:
-            from train import processor
             found = {size: latency(download.find_weights(given.weights), size) for size in (1, SENTENCES)}
             sections = {"latency": found | {"row": claim_latency(found, processor("cpu"))}}
             command += " --latency"

@@ -1,6 +1,7 @@
 """A BERT encoder (Devlin et al. 2018, arXiv 1810.04805) that loads and saves Hugging Face folders.
 
-Post-norm blocks, exact (erf) GELU, learned positions: with the same weights it computes what the original does.
+Post-norm blocks, exact (erf) GELU, learned positions: with the same weights it computes what transformers' BertModel
+does.
 Read downwards: config, the two sub-layers of a block, the encoder, then loading. The shapes in the comments are
 those of the default weights: hidden 384, 12 heads of 32, feed-forward 1536; B sentences of T tokens.
 """
@@ -82,7 +83,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward: tokens exchange information, then each is processed alone."""
+    """A transformer block, or layer: attention mixes the tokens, feed-forward processes each token separately."""
 
     def __init__(self, config):
         super().__init__()
@@ -215,6 +216,9 @@ def write_safetensors(path, tensors, metadata):
             raise OSError(str(error)) from error
 
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 def check_tensors(path, tensors, expected):
     """UserError that lists every tensor of `tensors` that is missing, unexpected, misshaped or not finite."""
     wrong = [f"missing {name}" for name in expected if name not in tensors]
@@ -223,7 +227,7 @@ def check_tensors(path, tensors, expected):
             wrong.append(f"unexpected {name}")
         elif tensor.shape != expected[name].shape:
             wrong.append(f"{name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
-        elif tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16) or not tensor.isfinite().all():
+        elif tensor.dtype not in FLOATS or not tensor.isfinite().all():
             wrong.append(f"{name} holds values that are not finite floating-point numbers")
     if wrong:
         raise UserError(f"{path} does not fit the model: " + "; ".join(wrong))

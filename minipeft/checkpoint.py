@@ -27,37 +27,40 @@ from .settings import TECHNIQUES, defaults
 
 RECORD, STATE = "run.json", "state.safetensors"
 FILES = (RECORD, STATE, "model.safetensors", "predictions.csv", "curves.png")
-BEGUN = ("command", "settings", "machine", "versions", "weights_sha256", "data_sha256", "classes", "sentences",
+START_KEYS = ("command", "settings", "machine", "versions", "weights_sha256", "data_sha256", "classes", "sentences",
          "parameters")  # the keys of a record that are known before the first step
 PARTS = {  # the keys inside the objects of a finished record
     "machine": ("processor", "device", "precision", "threads"),
-    "metrics": ("train_loss", "train_accuracy", "dev_loss", "dev_accuracy", "test_loss", "test_accuracy", "train_seconds",
-                "step_milliseconds", "sentences_per_second", "peak_memory_mb", "saved_bytes"),
+    "metrics": ("train_loss", "train_accuracy", "dev_loss", "dev_accuracy", "test_loss", "test_accuracy",
+                "train_seconds", "step_milliseconds", "sentences_per_second", "peak_memory_mb", "saved_bytes"),
     "dev": ("lines", "labels", "logits"),
     "test": ("lines", "labels", "logits")}
 # Settings that do not decide the outcome, or whose resolved value is stored under "machine".
-NOT_FACTS = ("out", "resume", "overwrite", "save_every", "device", "precision")
+NOT_RECORDED = ("out", "resume", "overwrite", "save_every", "device", "precision")
+
+
+DELETE = "delete it (in the folder of a run: the whole folder) and run again"
 
 
 # -- records ----------------------------------------------------------------------------------------------
 
 def recorded(settings):
     """The settings that decide the outcome, as a dict; those without a value are left out."""
-    return {name: value for name, value in vars(settings).items() if name not in NOT_FACTS and value is not None}
+    return {name: value for name, value in vars(settings).items() if name not in NOT_RECORDED and value is not None}
 
 
 def settings_of(record):
     """The settings of a record, as a Namespace. Those that it does not have are None."""
-    usual = defaults(record["settings"]["technique"])
-    return Namespace(**(dict.fromkeys(usual) | record["settings"]))
+    default = defaults(record["settings"]["technique"])
+    return Namespace(**(dict.fromkeys(default) | record["settings"]))
 
 
 def read_record(path):
     """Read a run.json. UserError if the file is missing, damaged, or lacks a key."""
-    record = read_json(path, (*BEGUN, "history"))
+    record = read_json(path, (*START_KEYS, "history"))
     technique = record["settings"].get("technique") if isinstance(record["settings"], dict) else None
     if technique not in TECHNIQUES:
-        raise UserError(f"{path} is damaged (technique {technique!r}): delete it and run again")
+        raise UserError(f"{path} is damaged (technique {technique!r}): {DELETE}")
     parts = {"settings": recorded(Namespace(**defaults(technique)))}
     parts |= {"machine": PARTS["machine"]} if "failed" in record else PARTS
     parts |= {"parameters": ("technique", "head", "trainable", "total")}
@@ -65,7 +68,7 @@ def read_record(path):
         content = record.get(part)
         missing = [key for key in keys if not isinstance(content, dict) or key not in content]
         if missing:
-            raise UserError(f"{path} is damaged ({part} lacks {', '.join(missing)}): delete it and run again")
+            raise UserError(f"{path} is damaged ({part} lacks {', '.join(missing)}): {DELETE}")
     return record
 
 
@@ -93,9 +96,11 @@ def read_tensors(path):
         label = json.loads(metadata["minipeft"])
         expected, about = label["sha256"], label["about"]
     except (KeyError, ValueError, TypeError):
-        raise UserError(f"{path} is damaged or was not written by minipeft: delete it and run again") from None
+        raise UserError(f"{path} is damaged or was not written by minipeft: delete it and train again with "
+                        "--overwrite") from None
     if expected != digest(tensors, about):
-        raise UserError(f"{path} is damaged (its content does not match its hash): delete it and run again")
+        raise UserError(f"{path} is damaged (its content does not match its hash): delete it and train again "
+                        "with --overwrite")
     return tensors, about
 
 
@@ -167,11 +172,15 @@ def locked(folder):
         lock_file(file)
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             raise BlockingIOError  # its owner has just deleted it, so it is another file now
-    except OSError:
+    except (BlockingIOError, PermissionError):  # the latter on Windows
         file.seek(0)
         owner = file.read().strip()
         file.close()
-        raise UserError(f"--out {folder} is in use by another process ({owner}): wait for it or choose another") from None
+        raise UserError(f"--out {folder} is in use by another process ({owner}): wait for it, or choose another "
+                        "folder") from None
+    except OSError as error:
+        file.close()
+        raise UserError(f"--out {folder} cannot be locked ({error.strerror}): use a local disk") from None
     file.truncate(0)
     file.write(f"pid {os.getpid()}")
     file.flush()
@@ -194,7 +203,7 @@ def find_run(folder):
     if not (folder / STATE).is_file():
         return None, False
     record = read_tensors(folder / STATE)[1]
-    if not isinstance(record, dict) or any(key not in record for key in (*BEGUN, "progress")):
+    if not isinstance(record, dict) or any(key not in record for key in (*START_KEYS, "progress")):
         raise UserError(f"{folder / STATE} is damaged (keys are missing): delete it and run again")
     return record, False
 
@@ -211,31 +220,34 @@ def check_same_run(folder, before, record):
     """UserError, with the differences, unless `before` began as `record` does. Returns warnings, as lines."""
     check_weights(folder, before, record["weights_sha256"])
     old, new = ({**run["settings"], "classes": run["classes"], "data": run["data_sha256"], "test": None,
-                 "device": run["machine"]["device"], "precision": run["machine"]["precision"]} for run in (before, record))
+                 "device": run["machine"]["device"], "precision": run["machine"]["precision"]}
+                for run in (before, record))
     differ = [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in old | new
               if old.get(key) != new.get(key) and key != "weights"]  # hashes decide, not paths
     if differ:
-        raise UserError(f"--resume: {folder} was started with other settings: {'; '.join(differ)}")
+        raise UserError(f"--resume: {folder} was started with other settings: {'; '.join(differ)}. "
+                        "Give those again, or start anew with --overwrite")
     there, here = before["machine"] | before["versions"], record["machine"] | record["versions"]
     for key in ("processor", "threads"):  # the times of this run belong to no single machine
         if before["machine"][key] != record["machine"][key]:
             record["machine"][key] = f"{before['machine'][key]}, then {record['machine'][key]}"
-    return [f"warning: this run began with {key} {there.get(key)} and resumes with {here[key]}: the last bits may differ"
-            for key in here if there.get(key) != here[key]]
+    return [f"warning: this run began with {key} {there.get(key)} and resumes with {here[key]}: the last bits may "
+            "differ" for key in here if there.get(key) != here[key]]
 
 
 def begin(folder, record, resume, overwrite):
     """Decide how a run starts. Returns (finished record or None, warnings); if it raises, nothing has changed.
 
-    record: the keys BEGUN. Raises UserError if the folder holds files but no run, or a run although neither option is given.
-    Only files that a run of ours has written are deleted.
+    record: the keys START_KEYS. Raises UserError if the folder holds files but no run, or a run although neither
+    option is given. Only files that a run of ours has written are deleted.
     """
     folder, (before, finished) = Path(folder), find_run(folder)
     if before is None:
         others = sorted(path.name for path in folder.iterdir() if path.name != "lock"
                         and not (path.is_dir() and path.match(f"{STATE}.*.part")))  # of a run killed in its first write
         if others:
-            raise UserError(f"--out {folder} holds other files ({', '.join(others[:3])}) and no run: choose another folder")
+            raise UserError(f"--out {folder} holds other files ({', '.join(others[:3])}) and no run: choose "
+                            "another folder")
         return None, [f"no unfinished run in {folder}: starting at the first step"] if resume else []
     if not (resume or overwrite):
         raise UserError(f"{folder} holds a run already: --resume resumes it, --overwrite replaces it, "

@@ -58,6 +58,7 @@ def read_json_lines(path, text_column, label_column):
 
 def read_rows(path, form):
     """Yield (line on which the row begins, list of fields) for each row of a CSV or TSV file but blank lines."""
+    csv.field_size_limit(2**31 - 1)
     begin = 1
     reader = csv.reader(read_lines(path), **form)
     try:
@@ -70,7 +71,6 @@ def read_rows(path, form):
 
 
 def read_table(path, text_column, label_column):
-    csv.field_size_limit(2**31 - 1)
     form = {"strict": True}
     if path.suffix in (".tsv", ".tab") or path.suffix != ".csv" and "\t" in next(read_lines(path), ""):
         form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}  # in TSV a quotation mark is an ordinary character
@@ -135,7 +135,7 @@ def fingerprint(path):
 @dataclass
 class Corpus:
     """n labelled sentences. Sentence i has the tokens[starts[i]:starts[i + 1]]."""
-    files: list         # the paths read; a test file of the user's comes first
+    files: list         # the paths read; the --test file, if given, comes first
     columns: tuple      # names of the text and label column, None for the defaults
     classes: list       # the names of the labels, sorted
     tokens: np.ndarray  # (total tokens,) int32
@@ -201,7 +201,7 @@ def hash_text(text):
 
 
 def check_labels(corpus):
-    """Raise UserError unless the data have two classes, each more than once, and a test set has no others."""
+    """Raise UserError unless there are two classes with two sentences each, and the test set has no other class."""
     path = corpus.files[-1]
     counts = np.bincount(corpus.labels[corpus.file == len(corpus.files) - 1], minlength=len(corpus.classes))
     if np.count_nonzero(counts) == 1:
@@ -307,8 +307,8 @@ def split(corpus, fold=0):
     """Return the indices of the sentences to train on, to choose on and to test on: (train, dev, test).
 
     The hash of its text puts a sentence into one of eleven parts; texts that differ in case and spacing only share a
-    part. Part 10 is dev. Fold i tests on part i and trains on the other nine. A test set of the user's is the test set
-    of every fold; all parts but dev are then trained on. Raises UserError if a set is empty or training lacks a class.
+    part. Part 10 is dev. Fold i tests on part i and trains on the other nine. With --test, every fold tests on that
+    file and trains on all parts except dev. Raises UserError if a set is empty or training lacks a class.
     """
     part = (corpus.hashes % PARTS).astype(int)
     is_test = corpus.file == 0 if len(corpus.files) > 1 else part == fold
@@ -338,8 +338,8 @@ def batches_of_like_length(lengths, batch_size, rng=None):
 
 
 def batches_of_tokens(lengths, budget=1024):
-    """Group sentences 0 .. n - 1 for inference, longest first: one sentence a batch, or more of them with at most
-    `budget` tokens in all, padded."""
+    """Group sentences 0 .. n - 1 for inference, longest first: one sentence a batch, or several with at most `budget`
+    tokens in all, padded (before `pad` rounds the length up)."""
     order = np.argsort(-lengths, kind="stable")
     batches, start = [], 0
     while start < len(order):

@@ -115,7 +115,7 @@ def fetch_hub_weights(name):
         with tempfile.TemporaryDirectory() as folder:
             put_weights(destination, hub_weights(folder, name))
     except Exception as error:  # the library raises many kinds; all mean that the files could not be fetched
-        raise UserError(f"--weights {name}: not a folder, and not to be had from the Hugging Face Hub "
+        raise UserError(f"--weights {name}: not a folder, and could not be fetched from the Hugging Face Hub "
                         f"({first_line(error)}). By hand: put {', '.join(WEIGHTS_SHA256)} into a folder and name "
                         "that folder") from None
     return destination

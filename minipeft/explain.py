@@ -143,7 +143,7 @@ def identity_distance(lesson, init_std, skip=True):
 
 
 def adapter_gradients(lesson, zero=False):
-    """Gradient norms at step one, from the usual start or with all adapters at zero."""
+    """Gradient norms at step one, from the default initialisation or with all adapters at zero."""
     model = lesson.build("adapter")
     if zero:
         for adapter in layers_of(model, Adapter):
@@ -194,7 +194,7 @@ def ten_steps(number, lesson, model, technique):
     step(f"{number}. Ten steps of AdamW on eight sentences, learning rate {RATES[technique]:g}")
     before = lesson.probability(model)
     losses = train(lesson, model, technique)
-    show(f'"{PROBE}" (not one of the eight)',
+    show(f'"{PROBE}" (not among the eight)',
          f"P(positive) before: {before:.3f}    after: {lesson.probability(model):.3f}",
          f"loss at the first step: {losses[0]:.3f}    at the tenth: {losses[-1]:.3f}")
 
@@ -222,7 +222,7 @@ def lora(lesson):
 
     step("1. What is swapped")
     say("""W0 is frozen. Each linear layer gets two thin matrices, A and B, and only they are trained. Their
-        product B A has the shape of W0, but at most the rank r.""")
+        product B A has the shape of W0, but its rank is at most r.""")
     rows = [("layer", "W0: out x in", "A: r x in", "B: out x r", "trained: r x (in + out)")]
     for name, layer in blocks[0].named_modules():
         if isinstance(layer, LoRALinear):
@@ -236,14 +236,14 @@ def lora(lesson):
 
     step("2. The start: why A is random and B is zero")
     say("""B starts at zero, so B A x is zero and the first output is exactly that of the pretrained model. With
-        g = dL/dh, the chain rule gives""")
+        g = dL/dh, the chain rule gives, summed over all tokens,""")
     show("dL/dB = (alpha / rank) g (A x)^T        contains A",
          "dL/dA = (alpha / rank) B^T g x^T        contains B", "")
-    rows = [("", "change of", "at step one", "", "at step two"),
-            ("start", "the vectors", "|dL/dA|", "|dL/dB|", "|dL/dA|", "|dL/dB|")]
+    rows = [("", "change of the", "at step one", "", "at step two"),
+            ("start", "sentence vectors", "|dL/dA|", "|dL/dB|", "|dL/dA|", "|dL/dB|")]
     for start, (change, *norms) in compare_starts(lesson).items():
         rows.append((start, f"{change:.1%}", *(f"{norm:.4f}" for norm in norms)))
-    table((21, 15, 11, 11, 11, 0), *rows)
+    table((21, 20, 11, 11, 11, 0), *rows)
     say("""A random, B zero: at step one A has no gradient, but B has. That step moves B, and from step two on A
         learns too. Both zero: each gradient contains the other matrix, so both are zero and nothing ever moves. Both
         random: it trains, but the start has already changed the pretrained model.""")
@@ -254,7 +254,8 @@ def lora(lesson):
           *((rank, *(f"{first_fall(lesson, rank, alpha):.4f}" for alpha in (16, 2 * rank))) for rank in (1, 8, 64)))
     say("""The first step of AdamW moves every entry of B by about the learning rate, whatever the rank. The
         update is a sum of r terms that push the same way, so its effect grows with r. Dividing by the rank
-        cancels that: alpha and the learning rate can stay when the rank changes (Hu et al., section 4.1).""")
+        cancels that at the first step: alpha and the learning rate need little change with the rank (Hu et al.,
+        section 4.1).""")
 
     ten_steps(4, lesson, model, "lora")
     logits = model(*lesson.examples)
@@ -267,9 +268,9 @@ def lora(lesson):
         MB.""")
 
     memory_step(5, lesson, "lora")
-    say("""Gradients and optimiser states exist only for what is trained: here LoRA saves. It keeps as many
-        activations: the backward pass goes through all blocks, and the gradient of A needs each layer's input x.
-        It saves one of three products: dW of the frozen W0. It still needs dx, for the layers below.""")
+    say("""Gradients and optimiser states exist only for what is trained: this is where LoRA saves memory. It keeps
+        as many activations: the backward pass goes through all blocks, and the gradient of A needs each layer's input
+        x. It saves one of three products: dW of the frozen W0. It still needs dx, for the layers below.""")
 
 
 def adapter(lesson):
@@ -295,11 +296,11 @@ def adapter(lesson):
         rows.append((init_std, "yes" if skip else "no", f"{identity:.2g}", f"{change:.1%}"))
     table((14, 13, 17, 0), *rows)
     say("""With small weights the bottleneck adds almost nothing, so training starts from the pretrained model.
-        With std 1 the pretrained features are lost. So they are without the inner skip: y is then almost zero
-        instead of h.""")
+        With std 1 the pretrained features are lost. Without the inner skip they are lost, too: y is then almost
+        zero instead of h.""")
 
     step("3. The first gradients: why the start is not exactly zero")
-    say("With g = dL/dy and low = GELU(W_down h + b_down), the chain rule gives")
+    say("With g = dL/dy and low = GELU(W_down h + b_down), the chain rule gives, summed over all tokens,")
     show("dL/dW_up = g low^T     dL/dW_down = (W_up^T g * GELU') h^T     dL/db_up = g", "")
     table((14, 15, 15, 15, 0), ("start", "|dL/dW_down|", "|dL/dW_up|", "|dL/db_up|", "|dL/d norm weight|"),
           ("std 0.01", *(f"{norm:.4f}" for norm in adapter_gradients(lesson))),
@@ -362,10 +363,10 @@ def full(lesson):
     new, old = (m.encoder.layers[0].attention.query.weight.detach() for m in (model, lesson.base))
     values = torch.linalg.svdvals(new - old)
     show(f"|W - W0| / |W0| of the first query matrix: {distance(new, old):.2%}",
-         f"90 % of the energy of its update W - W0 lies in {rank_of_energy(values)} of {len(values)} ranks")
-    say("""The prediction changes while the weights hardly move. Perhaps so small an update needs few parameters:
-        this is the idea behind parameter-efficient fine-tuning. LoRA assumes that the update has a low rank;
-        python -m minipeft.analysis measures its rank in finished runs.""")
+         f"singular values of W - W0 that hold 90 % of its squared norm: {rank_of_energy(values)} of {len(values)}")
+    say("""The prediction changes while the weights hardly move. A small update need not have a low rank, which LoRA
+        assumes: the singular values measure that. Ten steps are an illustration; python -m minipeft.analysis does
+        the same for finished runs.""")
 
     memory_step(3, lesson, "full")
     say(f"""Every task is a whole model: {4 * total / 1e6:.0f} MB to save. Every layer needs all three products:

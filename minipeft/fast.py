@@ -46,8 +46,9 @@ class LowRankProduct(torch.autograd.Function):
 class FastLoRALinear(LoRALinear):
     """LoRALinear without dropout on a frozen, plain nn.Linear.
 
-    Gain: 1.24 times the speed of a LoRA epoch and 15 % less peak memory in fp32 on AMD EPYC with AVX2
-    (results/speed-amd-epyc-avx2.json, ladder), 7 % of a step in bf16 on AMD Zen 4. The simpler torch.addmm with autograd's own gradient gains nothing on the former.
+    Gain: 1.11 times the speed of a LoRA epoch and 13 % less peak memory in fp32 on AMD EPYC with AVX2
+    (results/speed-amd-epyc-avx2.json, ladder), 7 % of a step in bf16 on AMD Zen 4. The simpler torch.addmm with
+    autograd's own gradient saves no time on AMD EPYC.
     """
     label = "LoRA's gradient by hand"
 
@@ -143,8 +144,9 @@ def product_rate(tokens, hidden, intermediate, dtype, seconds=0.015):
 def fastest_precision(device, hidden, intermediate):
     """Choose "fp32" or "bf16" for a model of this shape, and say why: ("fp32", "105 GFLOP/s; bf16 12").
 
-    On a CPU it measures a feed-forward layer's matrix product in both, in under 100 ms. A capability flag does not
-    tell: with AVX-512 BF16, bf16 is twice as fast as fp32 on AMD Zen 4 and half as fast on some Intel processors.
+    On a CPU it measures a feed-forward layer's matrix product in both, in under 100 ms. A capability flag does
+    not show which is faster: with AVX-512 BF16, bf16 is twice as fast as fp32 on AMD Zen 4 and half as fast on some
+    Intel processors.
     """
     if device == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)

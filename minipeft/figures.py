@@ -83,7 +83,7 @@ def taper(axis, x, y, bottom, top, height, colour, upright=True):
 
 
 def hourglass(axis, x, y, width, height, colour):
-    """The sign of a bottleneck: two matrices, the first to few numbers and the second back."""
+    """Draw the symbol of a bottleneck: a projection to few numbers, and one back."""
     taper(axis, x, y - height / 4, width, width / 4, height / 2, colour)
     taper(axis, x, y + height / 4, width / 4, width, height / 2, colour)
 
@@ -274,7 +274,8 @@ def shares(config):
         x, starts = 128, []
         for part in (encoder.embeddings, *encoder.layers, model.head):
             starts.append(x)
-            for trained, fill in ((False, FROZEN), (True, colour)):
+            own = HEAD if part is model.head and name != "full" else colour
+            for trained, fill in ((False, FROZEN), (True, own)):
                 length = scale * sum(p.numel() for p in part.parameters() if p.requires_grad == trained)
                 rectangle(axis, x + length / 2, y, length, 28, facecolor=fill, linewidth=0,
                           snap=False)  # a sliver keeps its true width

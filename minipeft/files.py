@@ -55,10 +55,11 @@ def read_json(path, keys=()):
     except OSError as error:
         raise UserError(f"{path} could not be read ({error.strerror or error})") from error
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run again") from error
+        raise UserError(f"{path} is damaged ({error}): restore it, or delete it if minipeft wrote it") from error
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing or not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (missing: {', '.join(missing) or 'a JSON object'}): delete it and run again")
+        raise UserError(f"{path} is damaged (missing: {', '.join(missing) or 'a JSON object'}): restore it, "
+                        "or delete it if minipeft wrote it")
     return content
 
 

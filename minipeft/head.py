@@ -16,7 +16,8 @@ def named(model, target):
 
 
 def freeze(model, train=()):
-    """Freeze `model` in place, except the modules that `train` names by dotted suffix. Return []: nothing is swapped.
+    """Freeze `model` in place, except the modules that `train` names by dotted suffix. Return [], no names: nothing
+    is swapped.
 
     Raise ValueError, and change nothing, for a name without a module. Warn if a module called `classifier` or `score`
     is frozen: a new head would stay at its random initialisation.
@@ -64,7 +65,7 @@ def pool(hidden, attention_mask=None, pooling="mean"):
 
 
 class Head(nn.Module):
-    """The classification head of BERT and RoBERTa: dense -> tanh -> dropout -> classifier."""
+    """A classification head like BERT's (pooler, dropout, classifier): dense -> tanh -> dropout -> classifier."""
 
     def __init__(self, hidden_size, classes, dropout=0.1, init_std=0.02):
         super().__init__()

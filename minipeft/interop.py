@@ -1,4 +1,4 @@
-"""Files of peft, transformers and AdapterHub's adapters: a finished run out, peft's LoRA in.
+"""Files of peft, transformers and AdapterHub's adapters: export finished runs, import peft's LoRA.
 
     python -m minipeft export RUN FOLDER --to peft|transformers|adapters
     python -m minipeft import FOLDER RUN
@@ -46,7 +46,7 @@ def head_tensors(head, dense="dense", classifier="classifier"):
 
 
 def new_folder(folder):
-    """UserError if a folder exists and holds anything: nothing of others is ever replaced."""
+    """UserError if a folder exists and holds anything: existing files are never replaced."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder: choose another")
@@ -109,8 +109,8 @@ def export_transformers(model, settings, about, folder, weights):
 
 def export_adapters(model, settings, about, folder):
     """Write adapters over BertModel for AdapterHub's load_adapter(folder, use_safetensors=True)."""
-    usual = defaults("adapter")["targets"]
-    if settings.technique != "adapter" or settings.norms or set(settings.targets) != set(usual):
+    default = defaults("adapter")["targets"]
+    if settings.technique != "adapter" or settings.norms or set(settings.targets) != set(default):
         raise UserError("--to adapters: the library holds adapters after both sub-layers of a block, and no trained "
                         "norms; train with train.py adapter --norms, and the default --targets")
     tensors, config = {}, model.encoder.config
@@ -178,7 +178,7 @@ def check_config(path, config):
         if not fits:
             wrong.append(f"{key} = {value!r:.60}")
     if wrong:
-        raise UserError(f"{path}: not understood, and therefore refused: {'; '.join(wrong)}")
+        raise UserError(f"{path}: unsupported settings: {'; '.join(wrong)}; plain LoRA on linear layers is supported")
 
 
 def matches(pattern, name, before=""):
@@ -186,7 +186,7 @@ def matches(pattern, name, before=""):
     # In a name of 60 letters a repetition can end in 2^6 places; an option or an alternative doubles the ways.
     bits = 6 * len(re.findall(r"[*+{]", pattern)) + len(re.findall(r"[?|]", pattern))
     if bits > 22 or re.search(r"\)[*+{]", pattern):
-        raise ValueError(f"the pattern {pattern!r:.100} is too complex")
+        raise ValueError(f"the pattern {pattern!r:.100} is too complex; list the layers by name instead")
     return re.fullmatch(f"{before}(?:{pattern})", name) is not None
 
 
@@ -238,12 +238,13 @@ class PeftLoRA:
 def read_small(path, values):
     """Read a safetensors file that should hold about so many values; UserError, unread, if it is far larger."""
     if path.is_file() and path.stat().st_size > 8 * values + MOST_CONFIG:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes, too many for {values:,} values: not read")
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes, too many for {values:,} values, so it is not "
+                        "read: is it the file that peft saved?")
     return read_safetensors(path)
 
 
 def rename(path, tensors, expected):
-    """Return tensors by our names, in fp32. expected: {name in the file: (our name, shape)}. Raises as check_tensors."""
+    """Return tensors by our names, in fp32. expected: {name in the file: (our name, shape)}. See check_tensors."""
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     check_tensors(path, tensors, {name: torch.empty(shape, device="meta") for name, (_, shape) in expected.items()})
     return {ours: tensors[name] for name, (ours, _) in expected.items()}
@@ -269,11 +270,12 @@ def read_peft(folder, encoder):
     folder, hidden = Path(folder), encoder.config.hidden_size
     path = folder / CONFIG
     if path.is_file() and path.stat().st_size > MOST_CONFIG:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes, too many for a configuration: not read")
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes, too many for a configuration, so it is not "
+                        "read: is it the file that peft saved?")
     try:
         config = read_json(path)
     except RecursionError:
-        raise UserError(f"{path} is damaged (nested too deeply)") from None
+        raise UserError(f"{path} is damaged (nested too deeply): save the LoRA again with peft") from None
     check_config(path, config)
     sequence = config.get("task_type") == "SEQ_CLS"
     prefix = "bert." if sequence else ""
@@ -297,7 +299,7 @@ def read_peft(folder, encoder):
 
 
 def start_lora(encoder, settings):
-    """Add LoRA to an encoder as the folder `settings.init_from` of peft's has it, and load its tensors.
+    """Add LoRA to an encoder with the layers and tensors of peft's folder `settings.init_from`.
 
     Rank, alpha, scaling and targets (a dict: layer -> [rank, alpha]) replace those of `settings`, and so get into the
     record: a finished run no longer needs the folder. Raises UserError as `read_peft`, and for options that differ.
@@ -306,11 +308,11 @@ def start_lora(encoder, settings):
         raise UserError("--top-layers: --init-from decides which layers; leave it out")
     found = None
     if not isinstance(settings.targets, dict):  # else a record is opened, and its tensors are in the run's folder
-        found, usual = read_peft(settings.init_from, encoder), defaults("lora")
+        found, default = read_peft(settings.init_from, encoder), defaults("lora")
         theirs = {"rank": found.config.get("r", 8), "alpha": float(found.config.get("lora_alpha", 8)),
                   "rslora": found.config.get("use_rslora", False), "targets": found.layers}
         for name, value in theirs.items():
-            if getattr(settings, name) not in (usual[name], value):
+            if getattr(settings, name) not in (default[name], value):
                 raise UserError(f"--{name}: --init-from decides this; leave it out")
             setattr(settings, name, value)
     add_lora(encoder, list(settings.targets))

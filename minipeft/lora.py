@@ -59,7 +59,8 @@ def named(model, target):
 
 
 def freeze(model, train=()):
-    """Freeze `model` in place, except the modules that `train` names by dotted suffix. Return []: nothing is swapped.
+    """Freeze `model` in place, except the modules that `train` names by dotted suffix. Return [], no names: nothing
+    is swapped.
 
     Raise ValueError, and change nothing, for a name without a module. Warn if a module called `classifier` or `score`
     is frozen: a new head would stay at its random initialisation.
@@ -87,7 +88,7 @@ def is_linear(module):
 
 def matching(model, targets, fits):
     """Return the modules that `targets` name by dotted suffix, each once. Raise ValueError, with the names that could
-    match, for a target that matches nothing, a parameter, or a module that cannot be wrapped (`fits` is false)."""
+    match, if a target matches nothing, or matches a parameter or a module that cannot be wrapped (`fits` is false)."""
     modules = dict(model.named_modules(remove_duplicate=False))
 
     def problem(name):
@@ -157,7 +158,7 @@ def remove_lora(model):
 def merge_lora(model):
     """Add every update to its weight and put plain layers back under their old names. Return the names.
 
-    A second call is a no-op. Each merged weight is a new parameter: an embedding tied to the old one does not change.
+    A second call is a no-op. Each merged weight is a new parameter: an embedding tied to the old one keeps its values.
     Raise ValueError, and change nothing, for a layer that computes more than W x + b (a subclass with its own forward).
     """
     wrappers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
@@ -168,7 +169,7 @@ def merge_lora(model):
             raise ValueError(f"cannot merge into {name} ({type(linear).__name__}): it computes more than W x + b")
     for module in wrappers.values():
         module.linear.weight = nn.Parameter(module.weight, requires_grad=module.linear.weight.requires_grad)
-    return remove_lora(model)
+    return remove_lora(model)  # the base layers, which now hold the merged weights
 
 
 def trained(model):

@@ -36,7 +36,7 @@ def activations_by_formula(technique, config, settings, sentences=SENTENCES, tok
             block, once = plain + inputs + 6 * settings.rank, 0
         case "bitfit":  # the input of the embeddings' norm
             block, once = plain, h + 2
-        case "full":  # that, and token ids of 8 bytes
+        case "full":  # the same, and token ids of 8 bytes
             block, once = plain + inputs, h + 4
         case _:
             return None

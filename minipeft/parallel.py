@@ -3,7 +3,7 @@
 Each process holds the whole model and takes its share of every batch. torch's DistributedDataParallel averages the
 gradients of what is trained; nothing else is exchanged in a step. Batches, rates and losses are those of one process
 up to rounding, with dropout in the head too. (Dropout in the encoder differs: its masks depend on the padding.) Only
-the first process prints and writes. Without torchrun, every function here does nothing.
+the first process prints and writes. Without torchrun, every function behaves as in a single process.
 """
 import os
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -111,7 +111,7 @@ def distribute(module, dropout):
 
 
 def own(indices):
-    """Every world()-th of the indices; where there are fewer than processes, the first for those without one."""
+    """Every world()-th of the indices. A process that would have none gets the first one."""
     share = indices[rank()::world()]
     return share if len(share) else indices[:1]
 
@@ -138,7 +138,7 @@ def spread(function, indices):
 # -- what is reported -------------------------------------------------------------------------------------
 
 def facts():
-    """What a record says of the processes, beside the facts of the machine."""
+    """{"processes": their number} for the record, if there are several."""
     return {"processes": world()} if world() > 1 else {}
 
 

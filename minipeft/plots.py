@@ -82,7 +82,8 @@ def draw(axis, series, line="-", dodge=0.0):
 
 
 def finish(figure, path, note="", columns=5):
-    """Add one legend above all axes, in rows of up to `columns` entries or else of three, and a note below; save."""
+    """Add one legend above all axes, in one row of at most `columns` entries or else in rows of three, and a note
+    below; save."""
     entries = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
@@ -219,7 +220,7 @@ def differences(rows, path):
         axis.plot((row.low90, row.high90), (index, index), color=INK, linewidth=5, solid_capstyle="butt", alpha=0.5,
                   label=labels[1])
         axis.plot(row.mean, index, "o", color=INK, markersize=8)
-        text = f"{row.mean:+.2f} [{row.low:+.2f}, {row.high:+.2f}]".replace("-", "−") + f"\n{row.word}"
+        text = f"{row.mean:+.2f} [{row.low:+.2f}, {row.high:+.2f}]".replace("-", "−") + f"\n{row.verdict}"
         if row.needed:
             text += f" ({row.needed} folds needed)"
         if row.runs == 1:

@@ -31,9 +31,9 @@ def choose(means):
 def still_to_run(found, start):
     """The (rate, fold) pairs that a search needs next; none if it is finished.
 
-    First fold 0 alone, by factors of 2, until the best rate by accuracy and by loss has neighbours on both sides. Then
-    all folds for the rates within 1.5 points of the best, their doubles, the lowest loss and its neighbours; in the end
-    also for the neighbours of both choices.
+    First search fold 0 alone, by factors of 2, until the best rate by accuracy and by loss has neighbours on both
+    sides. Then run all folds for the rates within 1.5 points of the best, their doubles, the lowest loss and its
+    neighbours; finally also for the neighbours of both choices.
     """
     if not found:
         return {(start * factor, 0) for factor in (0.5, 1, 2)}
@@ -43,7 +43,8 @@ def still_to_run(found, start):
 
     first = {rate: folds[0] for rate, folds in sorted(found.items()) if 0 in folds}
     if not any(math.isfinite(loss) for _, loss in first.values()):
-        raise UserError(f"--rates: training failed at every rate from {min(first):g} to {max(first):g}")
+        raise UserError(f"--rates: training failed at every rate from {min(first):g} to {max(first):g}; see the "
+                        "folder logs, and start lower in minipeft/studies.py")
     accurate = max(first, key=lambda rate: (first[rate][0], -first[rate][1]))
     lowest = min(first, key=lambda rate: first[rate][1])
     close = [rate for rate in first if first[rate][0] >= first[accurate][0] - 0.015]
@@ -84,7 +85,7 @@ def points(found, measure, scale=1):
 
 
 def publish(place):
-    """Write rates.json and rates.png from the complete searches, the figure without those on few sentences.
+    """Write rates.json and rates.png from the complete searches; the figure leaves out those on few sentences.
 
     Returns ({name: {"accuracy": rate, "loss": rate}}, rows of a table, names of the figures drawn).
     """

@@ -65,12 +65,12 @@ def word(value):
 
 def make_run(place, variant, repeat, rule="accuracy"):
     """The run of a variant on fold `repeat` (with --test: with this seed). Equal settings give equal names."""
-    usual, fold = defaults(variant.technique), None if place.common["test"] else repeat
+    default, fold = defaults(variant.technique), None if place.common["test"] else repeat
     search = SEARCHES.get(variant.name) or SEARCHES.get(variant.technique)
-    lr = getattr(search, rule) if search else usual["lr"]
-    given = usual | place.common | {"lr": lr, "seed": repeat, "fold": fold, "resume": True} | variant.options
+    lr = getattr(search, rule) if search else default["lr"]
+    given = default | place.common | {"lr": lr, "seed": repeat, "fold": fold, "resume": True} | variant.options
     words = [f"{name}-{word(value)}" for name, value in checkpoint.recorded(Namespace(**given)).items()
-             if value != usual[name] and name not in UNNAMED]
+             if value != default[name] and name not in UNNAMED]
     words += [f"lr-{given['lr']:g}", f"seed{repeat}" if fold is None else f"fold{repeat}"]
     name = re.sub(r"[^a-zA-Z0-9.+-]+", "-", "-".join([variant.technique, *words]))
     return Run(place, name, Namespace(**given | {"out": str(place.out / "folders" / name)}))
@@ -147,7 +147,7 @@ def collect(place, name, folds):
 # -- executing --------------------------------------------------------------------------------------------
 
 def child(settings, threads, log):
-    """What the process of a run does. It ends when compare.py ends, even if that was killed."""
+    """What the process of a run does. It ends when compare.py ends, even if compare.py was killed."""
     def end_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -170,7 +170,7 @@ def start(run, jobs):
 
 
 def finish(run, process):
-    """Keep the record of a run that has ended, a failed one too. UserError, with its last line, if there is none."""
+    """Copy the record of a finished or failed run. UserError, with the last line of its log, if there is no record."""
     process.join()
     if process.exitcode == 130:
         raise KeyboardInterrupt
@@ -181,7 +181,7 @@ def finish(run, process):
 
 
 def time_left(waiting, seconds, jobs):
-    """Words on how long the waiting runs will take. seconds: {technique: training times of finished runs}."""
+    """Format the estimated time left. seconds: {technique: training times of finished runs}."""
     known = [mean(times) for times in seconds.values()]
     if not known:
         return ""
@@ -216,7 +216,7 @@ def train_missing(runs, jobs):
                 print(f"{run.name}: run {number} of {len(runs)}{left}; output in {run.log}", flush=True)
                 process = start(run, jobs)
                 running[process.sentinel] = run, process
-            for sentinel in wait(running):
+            for sentinel in wait(running) if running else ():
                 run, process = running.pop(sentinel)
                 finish(run, process)
                 record = load(run)

@@ -1,7 +1,7 @@
 """The table of techniques with their options and defaults, and the command line made from it.
 
 A technique is one row of TECHNIQUES here and one entry in model.py; the command line, the comparison and the
-plots loop over this table. Nothing slow is imported, so --help and typos are answered at once.
+plots loop over this table. Nothing slow is imported, so --help and option errors appear at once.
 """
 import argparse
 import math
@@ -40,19 +40,19 @@ count, share, positive = number(int, 1), number(float, 0, 1), number(float, 1e-1
 # How each technique option is written on the command line: arguments for argparse.
 OPTIONS = {
     "targets": dict(nargs="+", metavar="NAME", help="the linear layers that are wrapped, by the end of their names"),
-    "rank": dict(type=count, metavar="R", help="rank of the update. Alpha stays the same: --rank 64 scales the update by "
-                 "16 / 64 = 0.25, so that the learning rate need not be tuned again (Hu et al., section 4.1)"),
+    "rank": dict(type=count, metavar="R", help="rank of the update. Alpha stays the same: --rank 64 scales the update "
+                 "by 16 / 64 = 0.25, so that the learning rate need not be tuned again (Hu et al., section 4.1)"),
     "alpha": dict(type=positive, metavar="X", help="the update is scaled by alpha / rank"),
     "rslora": dict(help="scale by alpha / sqrt(rank) instead"),
-    "init_from": dict(metavar="FOLDER", help="start from a LoRA that peft saved in this folder; it decides the targets, "
-                      "rank, alpha and scaling, and its head, if it has one, is left out"),
+    "init_from": dict(metavar="FOLDER", help="start from a LoRA that peft saved in this folder; it decides the "
+                      "targets, rank, alpha and scaling, and its head, if it has one, is left out"),
     "lora_dropout": dict(type=share, metavar="X", help="dropout on the input of the update"),
     "bottleneck": dict(type=count, metavar="M", help="width of the bottleneck"),
     "init_std": dict(type=positive, metavar="X", help="standard deviation of the adapters' initial weights"),
     "norms": dict(nargs="*", metavar="NAME", help="the normalisation layers that are trained too, by the end of "
                   "their names"),
     "dropout": dict(type=share, metavar="X", help="dropout in the encoder"),
-    "top_layers": dict(type=count, metavar="K", help="train in the top K blocks only (default: all)"),
+    "top_layers": dict(type=count, metavar="K", help="train in the top K layers only (default: all)"),
 }
 
 
@@ -68,12 +68,14 @@ LINEAR_LAYERS = ["query", "key", "value", "attention.output", "intermediate", "f
 ENCODER = {"dropout": 0.0, "top_layers": None}
 TECHNIQUES = {
     "head": Technique("head tuning", "the classification head, the last two layers", 8e-3, {}),
-    "adapter": Technique("adapters", "bottleneck adapters after each sub-layer (Houlsby et al. 2019), and the head", 5e-4, {
-        "targets": ["attention.output", "feed_forward.output"], "bottleneck": 32, "init_std": 1e-2,
-        "norms": ["attention.norm", "feed_forward.norm"], **ENCODER}),
-    "lora": Technique("LoRA", "low-rank updates of the linear layers (Hu et al. 2021), and the head", 2.5e-4, {
-        "targets": LINEAR_LAYERS, "rank": 8, "alpha": 16.0, "lora_dropout": 0.0, "rslora": False,
-        "init_from": None, **ENCODER}),
+    "adapter": Technique(
+        "adapters", "bottleneck adapters after each sub-layer (Houlsby et al. 2019), and the head", 5e-4, {
+            "targets": ["attention.output", "feed_forward.output"], "bottleneck": 32, "init_std": 1e-2,
+            "norms": ["attention.norm", "feed_forward.norm"], **ENCODER}),
+    "lora": Technique(
+        "LoRA", "low-rank updates of the linear layers (Hu et al. 2021), and the head", 2.5e-4, {
+            "targets": LINEAR_LAYERS, "rank": 8, "alpha": 16.0, "lora_dropout": 0.0, "rslora": False,
+            "init_from": None, **ENCODER}),
     "bitfit": Technique("BitFit", "the biases (Ben Zaken et al. 2021), and the head", 4e-3, ENCODER),
     "full": Technique("full fine-tuning", "everything: the reference", 2.5e-5, ENCODER),
 }
@@ -84,8 +86,8 @@ TECHNIQUES = {
 def add_common(parser):
     """Add the options that every run of a comparison shares: data, training, machine."""
     group = parser.add_argument_group("weights and data")
-    group.add_argument("--weights", metavar="FOLDER", help="a folder of BERT weights, or a name on the Hugging Face Hub "
-                       "(default: all-MiniLM-L6-v2, fetched once)")
+    group.add_argument("--weights", metavar="FOLDER", help="a folder of BERT weights, or a name on the Hugging Face "
+                       "Hub (default: all-MiniLM-L6-v2, fetched once)")
     group.add_argument("--data", metavar="PATH", help="labelled sentences: a CSV, TSV or JSON-lines file, or a folder "
                        "with one subfolder a class (default: movie reviews, fetched once)")
     group.add_argument("--test", metavar="PATH", help="labelled sentences to test on (default: a part of the data)")
@@ -107,7 +109,8 @@ def add_common(parser):
                        help="AdamW's, on matrices only (default: 0.01)")
     group.add_argument("--clip", metavar="X", type=positive, default=1.0,
                        help="largest norm of the gradient (default: 1)")
-    group.add_argument("--head-dropout", metavar="X", type=share, default=0.1, help="dropout in the head (default: 0.1)")
+    group.add_argument("--head-dropout", metavar="X", type=share, default=0.1,
+                       help="dropout in the head (default: 0.1)")
     group.add_argument("--pooling", choices=("mean", "cls"), default="mean",
                        help="input of the head: the mean of all tokens, or [CLS] (default: mean)")
 
@@ -115,8 +118,8 @@ def add_common(parser):
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                        help="where to train (default: auto)")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                       help="of matrix products. auto measures which is faster; fp32 on a CPU repeats to the bit "
-                            "(default: auto)")
+                       help="precision of matrix products. auto measures and takes the faster; fp32 on a CPU gives "
+                            "the same bits every time (default: auto)")
 
 
 def add_run(parser, technique):
@@ -124,8 +127,10 @@ def add_run(parser, technique):
     group = parser.add_argument_group("run")
     group.add_argument("--lr", metavar="X", type=positive, default=technique.lr,
                        help=f"highest learning rate (default: {technique.lr:g})")
-    group.add_argument("--fold", metavar="I", type=number(int, 0, 9), help="index of the part of the data to test on (default: 0)")
-    group.add_argument("--seed", metavar="N", type=number(int, 0, 2**32 - 1), default=0, help="of all randomness (default: 0)")
+    group.add_argument("--fold", metavar="I", type=number(int, 0, 9),
+                       help="index of the part of the data to test on (default: 0)")
+    group.add_argument("--seed", metavar="N", type=number(int, 0, 2**32 - 1), default=0,
+                       help="random seed (default: 0)")
     group.add_argument("--out", metavar="FOLDER",
                        help="folder of the run (default: runs/TECHNIQUE-foldI, or -seedN with --test)")
     group.add_argument("--save-every", metavar="STEPS", type=count, default=100,
@@ -181,10 +186,10 @@ def parse(arguments):
 
 
 def command(settings):
-    """The command line that gives these settings, without what equals a default: the inverse of `parse`."""
-    words, usual = ["python", "train.py", settings.technique], defaults(settings.technique)
+    """The command line that gives these settings, without options at their defaults: the inverse of `parse`."""
+    words, default = ["python", "train.py", settings.technique], defaults(settings.technique)
     for name, value in vars(settings).items():
-        if value == usual[name] or name in ("out", "resume", "overwrite") or isinstance(value, dict):
+        if value == default[name] or name in ("out", "resume", "overwrite") or isinstance(value, dict):
             continue  # a dict is what --init-from found
         words.append("--" + name.replace("_", "-"))
         if isinstance(value, list):

@@ -51,7 +51,7 @@ class Comparison:
     low90: float
     high90: float
     level: float
-    word: str
+    verdict: str
     runs: int
     needed: int | None = None
 
@@ -72,8 +72,8 @@ def judge(mean, error, df, runs, comparisons=1, margin=1.0, lower_is_better=Fals
         words.append("better" if (mean > 0) != lower_is_better else "worse")
     if margin is not None and abs(mean) + narrow <= margin:
         words.append(f"equivalent within {margin:g} point{'' if margin == 1 else 's'}")
-    word = ", but ".join(words) or INCONCLUSIVE
-    return Comparison(mean, mean - wide, mean + wide, mean - narrow, mean + narrow, level, word, runs)
+    verdict = ", but ".join(words) or INCONCLUSIVE
+    return Comparison(mean, mean - wide, mean + wide, mean - narrow, mean + narrow, level, verdict, runs)
 
 
 def paired(differences, overlap=OVERLAP, **rule):
@@ -92,9 +92,9 @@ def paired(differences, overlap=OVERLAP, **rule):
         return judge(mean, std * math.sqrt(1 / k + overlap), k - 1, len(differences), **rule)
 
     found = judge_with(len(differences))
-    if found.word != INCONCLUSIVE:
+    if found.verdict != INCONCLUSIVE:
         return found
-    enough = (k for k in range(len(differences) + 1, 101) if judge_with(k).word != INCONCLUSIVE)
+    enough = (k for k in range(len(differences) + 1, 101) if judge_with(k).verdict != INCONCLUSIVE)
     return replace(found, needed=next(enough, None))
 
 
@@ -103,9 +103,9 @@ def paired_sentences(differences, **rule):
 
         standard error^2 = var(mean of each sentence) / n + var(mean of each run) / k    (one run: the first term)
 
-    One run: n - 1 degrees of freedom, a nearly normal interval; it does not answer for other runs. Several runs differ
-    by seed alone, so the correction for folds does not apply: the sum answers for new sentences and new seeds. It
-    counts their interaction twice, so the interval is slightly wide. Degrees of freedom: Satterthwaite 1946.
+    One run: n - 1 degrees of freedom, a nearly normal interval; it holds for this run only. Several runs differ by seed
+    alone, so the correction for folds does not apply: the interval covers new sentences and new seeds. It counts their
+    interaction twice, so it is slightly wide. Degrees of freedom: Satterthwaite 1946.
     """
     differences = np.atleast_2d(np.asarray(differences, dtype=float))
     runs, sentences = differences.shape

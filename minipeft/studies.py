@@ -9,7 +9,8 @@ from .settings import LINEAR_LAYERS, TECHNIQUES
 @dataclass(frozen=True)
 class Search:
     """The learning rates of a technique with these options. start: where the search begins; accuracy, loss: what
-    `compare.py --rates` chose by each rule (results/rates.json). Those by accuracy are train.py's defaults."""
+    `compare.py --rates` chose by each rule (results/rates.json). A technique's rate by accuracy is train.py's
+    default."""
     technique: str
     start: float
     accuracy: float
@@ -77,7 +78,7 @@ class Study:
 
 
 def label(name):
-    """The name of a variant in tables: that of a technique is its label."""
+    """Return the name of a variant in tables: the label of a technique, or its own name."""
     return TECHNIQUES[name].label if name in TECHNIQUES else name
 
 
@@ -172,8 +173,8 @@ PROTOCOL = """\
   epochs, and no dropout in the encoder. The hash of a text puts it into one of eleven parts. Fold i tests on part i,
   part 10 is dev, the other nine are for training.
 - All choices use dev only. Learning rates come from a grid by factors of 2 on folds 0 to 2, the best never at an
-  edge. Accuracy rule (primary; once searched, the defaults of train.py): the highest mean dev accuracy among rates whose double is
-  at most 1 point less accurate. Loss rule: the lowest mean dev loss.
+  edge. Accuracy rule (primary; it sets train.py's defaults): the highest mean dev accuracy among rates
+  whose double is at most 1 point less accurate. Loss rule: the lowest mean dev loss.
 - Measures: accuracy, and calibrated loss: log loss after one temperature, fitted on the dev predictions of the run.
 - Intervals over folds: paired, Student's t, variance times 1/k + 1/9 for k folds (Nadeau and Bengio 2003). Better or
   worse: the interval at 1 - 0.05/m, for the m contrasts of a study, excludes zero. Equivalent within 1 point: the 90 %
@@ -181,6 +182,8 @@ PROTOCOL = """\
 - Two runs are compared only if processor, device and precision agree. Costs are averaged on one machine only."""
 LIMITS = """\
 - One small encoder and one data set of short sentences, unless a section says otherwise. Other tasks may differ.
+- The search of learning rates is not complete. Where "Learning rates" lists no search, rates are those of an earlier
+  search by dev loss.
 - Dev has about a thousand sentences and rates were searched on three folds: neighbouring rates can be equally good.
 - The correction for folds is an approximation. ± is the standard deviation over runs, not an interval.
 - Failed runs are counted in the tables, and left out of means and differences. A study has the folds that all its
