@@ -196,13 +196,14 @@ def quality_table(result, gains):
 def on_one_machine(result):
     """(the machine with the most runs, {variant: its runs there}): what costs are averaged over."""
     def where_of(record):
-        return *machine(record, "threads"), record["versions"]["torch"]
+        return *machine(record, "threads"), record["machine"].get("jobs", 1), record["versions"]["torch"]
 
     where = Counter(where_of(run.record) for runs in result.outcomes.values() for run in runs.values())
     [(most, _)] = where.most_common(1)
     groups = {name: [run for run in runs.values() if where_of(run.record) == most]
               for name, runs in result.outcomes.items()}
-    return "{}, {}, {}, {} threads, torch {}".format(*most), {name: group for name, group in groups.items() if group}
+    words = "{}, {}, {}, threads: {}, runs at a time: {}, torch {}".format(*most)
+    return words, {name: group for name, group in groups.items() if group}
 
 
 # -- figures ----------------------------------------------------------------------------------------------
@@ -239,7 +240,9 @@ def draw(result, findings, place):
     study, names, bars, references = result.study, [f"{result.name}.png"], None, {}
     if findings:
         level = next((found.accuracy.level for found in findings if found.accuracy), 0.95)
-        bars = f"{100 * level:.4g} % interval of the paired difference of its contrast"
+        to = {found.contrast.b for found in {found.contrast.a: found for found in reversed(findings)}.values()}
+        bars = (f"{100 * level:.4g} % interval of the paired difference to "
+                f"{label(*to) if len(to) == 1 else 'the variant it is compared with'}")
     if study.references:
         main = collect(place, "techniques", result.folds).outcomes
         references = {name: mean_std(main[name].values(), "accuracy")[0] for name in ("head", "full") if main[name]}
@@ -291,6 +294,9 @@ def report_study(place, name, path=""):
     study, result = STUDIES[name], collect(place, name, range(10))
     if not any(result.outcomes.values()):
         return [], []
+    if study.rule == "loss" and all(make_run(place, variant, 0, "loss").name == make_run(place, variant, 0).name
+                                    for variant in study.variants):
+        return ["The learning rates of both rules are equal here, or not yet searched: these are the runs above."], []
     quick = place.common.items() >= QUICK.items()
     findings = [] if quick else [measure(result, contrast) for contrast in study.contrasts]
     lines, figures = show(result, findings, place)
@@ -303,6 +309,7 @@ def report_study(place, name, path=""):
     command = command_of(place, "--study", name, "--folds", str(len(result.folds)))
     lines = [f"{study.claim} ({study.source}): `{command}`", "", *(f"- {line}" for line in measured),
              *(f"- Verdict: {line}" for line in verdicts), "", *lines]
+    measured = [describe(found) for found in judged] or measured
     return lines, [{"claim": study.claim, "source": study.source, "measured": "<br>".join(measured),
                     "verdict": "<br>".join(verdicts), "figure": path + figures[0], "command": command}]
 

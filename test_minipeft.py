@@ -1347,29 +1347,28 @@ def test_the_benchmark_s_tables_hold_medians_and_ratios_of_pairs(speed):
     for pair, slow in enumerate((1, 10, 1.1)):  # the machine was busy in the second pair
         runs[f"peak/{pair}"] = {"fp32": 100.0, "bf16": 10.0}
         for side, factor in factors.items():
-            for part in (*speed["EPOCHS"], "long"):
+            for part in (*speed["EPOCHS"], "long-256"):
                 runs[f"{part}/{side}/{pair}"] = {
                     "seconds": 20 * factor * slow, "first_step_seconds": 5.0, "peak_memory_mb": 1000 * factor,
                     "sentences_per_second": 200 / factor / slow, "precision": "fp32"}
         for rung, seconds in ((0, 8.0), (1, 4.0), (3, 3.2)):
             runs[f"ladder/{rung}/{pair}"] = {"seconds": seconds * slow, "peak_memory_mb": 900}
-        runs[f"long/plain/{pair}"] = {"seconds": 30.0, "peak_memory_mb": 1234.0}
+        runs[f"long-256/plain/{pair}"] = {"seconds": 30.0, "peak_memory_mb": 1234.0}
         runs[f"jobs/1/{pair}"] = {"seconds": 36.0, "threads": 2}
         runs[f"jobs/2/{pair}"] = {"seconds": 60.0, "threads": 1}
     for number, seconds in enumerate((6.0, 5.0)):
         runs[f"trial/{number}"] = {"seconds": seconds, "side": speed["TRIAL"][number]}
     about = {"processor": "A processor", "threads": 2, "flags": ["avx2", "fma"], "versions": {"torch": "2"},
-             "tokens": 100,
-             "whole_tokens": 1000, "lora_flops": 11e11}
-    options = {"pairs": 3, "long": 256, "long_steps": 2, "trial_steps": 4}
+             "tokens": 100, "whole_tokens": 1000, "lora_flops": 11e11}
+    options = {"pairs": 3, "long": [256], "long_steps": 2, "trial_steps": 4}
     lines = speed["tables"]({"about": about, "options": options, "runs": runs})
     assert "fp32, sdpa" in lines[0] and "bf16 is emulated here" in lines[0] and "avx2, fma" in lines[0]
     for line in ("| LoRA, seconds an epoch | 660 | 330 | 220 | 3.00 (aim 2.2) | 1.50 (aim 2.0) |",
                  "| inference, sentences a second | 60.6 | 121 | 182 | 3.00 (aim 4) | 1.50 (aim 1.25) |",
-                 "| LoRA on long texts, seconds a step | 33.0 | 16.5 | 11.0 | 3.00 (aim 3) | 1.50 (aim 1.5) |",
+                 "| LoRA at 256 tokens, seconds a step | 33.0 | 16.5 | 11.0 | 3.00 (aim 3) | 1.50 (aim 1.5) |",
                  "| plain loop, shuffled batches | 88.0 | 1.00 | 900 |",
                  "| LoRA's gradient by hand | 35.2 | 1.25 | 900 |",
-                 "| share of the faster that training reaches | 50% (aim 65 %) |",
+                 "| share of the faster one that training reaches | 50% (aim 65 %) |",
                  "| 256 tokens, plain modules | 15.0 s a step, 1,234 MB |",
                  "| runs an hour, one after the other, threads each: 2 | 100 |",
                  "| runs an hour, two at once, threads each: 1 | 120 |"):
@@ -2616,6 +2615,9 @@ def test_runs_of_different_machines_are_not_compared_and_their_costs_not_average
     assert compare.measure(result, Contrast("lora", "adapter")).accuracy.runs == 3
     where, groups = compare.on_one_machine(result)
     assert where.startswith("A, cpu") and len(groups["full"]) == 2
+    fake_record(runs.make_run(fake_place, Variant("full", "full"), 2), 1.6, processor="A", jobs=2)
+    where, groups = compare.on_one_machine(compare.collect(fake_place, "techniques", range(3)))
+    assert "runs at a time: 1" in where and len(groups["full"]) == 1 and len(groups["lora"]) == 3
 
 
 def test_failed_runs_are_counted_and_left_out_of_means(fake_place):
@@ -2999,6 +3001,23 @@ def test_the_parity_in_the_readme_is_that_of_the_result_file():
         assert f"| {losses:.1e} | {tensors:.1e} |" in README
 
 
+SHOWN = {"share": ("trained", ".2%"), "train_accuracy": ("train accuracy", ".1%"), "train_loss": ("train loss", ".3f"),
+         "accuracy": ("test accuracy (%)", ".2f"), "loss": ("test loss", ".3f"),
+         "train_seconds": ("training (s)", ",.0f")}
+
+
+def test_the_results_in_the_readme_are_those_of_the_records():
+    result = compare.collect(compare.read_place(ROOT / "results"), "techniques", range(10))
+    rows = [compare.cells(name, found.values(), SHOWN) for name, found in result.outcomes.items()]
+    shown = between(README, "results")
+    assert "\n".join(compare.table(["", "runs", *(heading for heading, _ in SHOWN.values())], rows)) in shown
+    for contrast in result.study.contrasts:
+        found = compare.measure(result, contrast).accuracy
+        assert f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]".replace("-", "−") in shown, contrast
+    rank, = re.findall(r"rank (\d+ of \d+)", README)
+    assert f"90 % of the update's energy needs rank {rank} (full)" in (ROOT / "results/analysis.json").read_text()
+
+
 def test_readme_has_about_1500_words_outside_code():
     text = re.sub(r"^```.*?^```$|<!--.*?-->|\$.*?\$|\]\(.*?\)", "", README, flags=re.M | re.S)  # nor formulas and links
     words = [word for word in text.split() if re.search("[a-zA-Z]", word)]
@@ -3107,24 +3126,18 @@ def test_the_quick_start_shows_what_train_prints(real, make_settings, capsys):
             assert tuple(shape(line)) in printed, line
 
 
-def test_the_quick_start_is_the_output_of_a_run_with_a_record():
-    shown = re.findall(r"^(?:epoch|test|training) .*", between(README, "quick start"), re.M)
-    for path in (ROOT / "results/runs").glob("lora*.json"):
-        record = json.loads(path.read_text())
-        if record["command"] not in ("python train.py lora", "python train.py lora --fold 0") or "failed" in record:
-            continue
-        lines = []
-        for row in record["history"]:
-            part = {name: f"{name} loss {row[name + '_loss']:.3f} accuracy {row[name + '_accuracy']:.1%}"
-                    for name in ("train", "dev")}
-            lines.append(f"epoch {row['epoch']}   {part['train']}   {part['dev']}   trained {row['seconds']:.0f} s")
-        row = record["metrics"]
-        lines.append(f"test loss {row['test_loss']:.3f} accuracy {row['test_accuracy']:.1%} on 965 sentences")
-        lines.append(f"training took {row['train_seconds']:.0f} s, peak memory {row['peak_memory_mb']:,.0f} MB, "
-                     f"trained tensors {row['saved_bytes'] / 1e6:.1f} MB")
-        if lines == shown:
-            return
-    pytest.fail("no record in results/runs has these numbers")
+def test_the_quick_start_is_the_output_of_a_recorded_run():
+    record, lines = checkpoint.read_record(ROOT / "results" / "quick-start.json"), []
+    assert record["command"] == "python train.py lora --fold 0"
+    for row in record["history"]:
+        part = {name: f"{name} loss {row[name + '_loss']:.3f} accuracy {row[name + '_accuracy']:.1%}"
+                for name in ("train", "dev")}
+        lines.append(f"epoch {row['epoch']}   {part['train']}   {part['dev']}   trained {row['seconds']:.0f} s")
+    row = record["metrics"]
+    lines.append(f"test loss {row['test_loss']:.3f} accuracy {row['test_accuracy']:.1%} on 965 sentences")
+    lines.append(f"training took {row['train_seconds']:.0f} s, peak memory {row['peak_memory_mb']:,.0f} MB, "
+                 f"trained tensors {row['saved_bytes'] / 1e6:.1f} MB")
+    assert re.findall(r"^(?:epoch|test|training) .*", between(README, "quick start"), re.M) == lines
 
 
 def test_the_walkthrough_in_the_readme_is_what_explain_prints(real, capsys, monkeypatch):

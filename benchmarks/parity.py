@@ -508,7 +508,7 @@ def tables(results):
     if "models" in results:
         lines += ["**The technique files alone, next to other models** (tiny, random; loss before and after 5 steps)",
                   "",
-                  "| model | head tuning | BitFit | adapters | LoRA | merged logits differ by | tied and still tied |",
+                  "| model | head tuning | BitFit | adapters | LoRA | merged logits differ by | shared weights kept |",
                   "|---|---|---|---|---|---|---|"]
         for found in results["models"]["rows"]:
             losses = [f"{found['loss'][key][0]:.3f} → {found['loss'][key][1]:.3f}" if key in found["loss"] else "–"

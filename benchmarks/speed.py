@@ -128,9 +128,10 @@ def prepare(folder, steps, trial_steps, long, long_steps, held_out):
     texts, labels = corpus.texts(chosen), [corpus.classes[label] for label in corpus.labels[chosen]]
     runs = {name: settings(name, "sample.csv", texts, labels) for name in EPOCHS}
     runs["trial"] = runs["lora"] | {"limit": 32 * trial_steps}
-    joined = [" ".join(corpus.texts(training[first:first + long // 16])) for first in range(50 * long_steps + 50)]
-    runs["long"] = settings("lora", "long.csv", joined, ["even", "odd"] * (len(joined) // 2),
-                            "--max-length", long, "--limit", 32 * long_steps)
+    for tokens in long:
+        joined = [" ".join(corpus.texts(training[first:first + tokens // 16])) for first in range(50 * long_steps + 50)]
+        runs[f"long-{tokens}"] = settings("lora", f"{tokens}.csv", joined, ["even", "odd"] * (len(joined) // 2),
+                                          "--max-length", tokens, "--limit", 32 * long_steps)
     return {"settings": runs, "about": {
         "processor": train.processor("cpu"), "flags": vector_flags(), "cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "python": sys.version.split()[0],
@@ -327,7 +328,8 @@ def measure_all(results, settings, pairs):
     peers = {"usual": USUAL, "best": fastest_trial(results.runs)}
     for pair in range(pairs):
         measure(f"peak/{pair}", "peak")
-        for part in (*EPOCHS, "long"):
+        parts = [f"long-{tokens}" for tokens in results.content["options"]["long"]]
+        for part in (*EPOCHS, *parts):
             for name, side in peers.items():
                 measure(f"{part}/{name}/{pair}", "peer", settings=settings[part], side=side)
             measure(f"{part}/minipeft/{pair}", "ours", settings=settings[part])
@@ -338,7 +340,8 @@ def measure_all(results, settings, pairs):
             if rates["chosen"] == "bf16" or not only_bf16:
                 have |= added
                 measure(f"ladder/{rung}/{pair}", "loop", settings=settings["lora"], **have)
-        measure(f"long/plain/{pair}", "loop", settings=settings["long"], grouped=True, precision=rates["chosen"])
+        for part in parts:
+            measure(f"{part}/plain/{pair}", "loop", settings=settings[part], grouped=True, precision=rates["chosen"])
         measure(f"jobs/1/{pair}", "at_once", settings=settings["lora"], processes=1, threads=cores)
         measure(f"jobs/2/{pair}", "at_once", settings=settings["lora"], processes=2, threads=max(cores // 2, 1))
 
@@ -360,8 +363,6 @@ ROWS = [Row("LoRA, seconds an epoch", "lora", "seconds", (3.5, 1.5), (2.2, 2.0))
         Row("full fine-tuning, seconds an epoch", "full", "seconds", (3.5, 1.4), (2.0, 1.6)),
         Row("head tuning, seconds for 3 epochs", "head", "seconds"),
         Row("inference, sentences a second", "lora", "sentences_per_second", (4, 1.25), (4, 1.25)),
-        Row("LoRA on long texts, seconds a step", "long", "seconds", (3, 1.5), (3, 1.5)),
-        Row("LoRA on long texts, peak memory (MB)", "long", "peak_memory_mb"),
         Row("LoRA, peak memory (MB)", "lora", "peak_memory_mb", (1.5, 1.8), (1.5, 1.8)),
         Row("LoRA, seconds to the first step", "lora", "first_step_seconds", (1, 1), (1, 1))]
 
@@ -370,7 +371,13 @@ def tables(content):
     """The tables of a complete results file for benchmarks/README.md, as lines of Markdown."""
     about, options, runs = content["about"], content["options"], content["runs"]
     scales = dict.fromkeys([*EPOCHS, "ladder"], about["whole_tokens"] / about["tokens"])
-    scales["long"] = 1 / options["long_steps"]
+    rows = list(ROWS)
+    for tokens in options["long"]:
+        part = f"long-{tokens}"
+        scales[part] = 1 / options["long_steps"]
+        aims = (3, 1.5) if tokens == 256 else (None, None)
+        rows.append(Row(f"LoRA at {tokens} tokens, seconds a step", part, "seconds", aims, aims))
+        rows.append(Row(f"LoRA at {tokens} tokens, peak memory (MB)", part, "peak_memory_mb"))
 
     def values(key, figure="seconds"):
         scale = scales.get(key.split("/")[0], 1) if figure == "seconds" else 1
@@ -389,7 +396,7 @@ def tables(content):
              f"{best['precision']}, {best['attention']} (trial of {options['trial_steps']} LoRA steps: "
              f"{', '.join(trial)}{'' if len(trial) == len(TRIAL) else '; bf16 is emulated here and was not tried'}).",
              "", "| | usual | best | minipeft | times better than usual | than best |", "|---|---|---|---|---|---|"]
-    for row in ROWS:
+    for row in rows:
         cells = [row.label] + [cell(f"{row.part}/{side}", row.figure) for side in SIDES]
         for side, aim in zip(SIDES, row.bf16 if precision == "bf16" else row.fp32):
             pairs = zip(values(f"{row.part}/{side}", row.figure), values(f"{row.part}/minipeft", row.figure))
@@ -412,9 +419,10 @@ def tables(content):
     share = about["lora_flops"] * scales["lora"] / 1e9 / median(values("lora/minipeft")) / max(rates.values())
     lines += ["", "| LoRA | |", "|---|---|",
               f"| GFLOP/s of matrix products | fp32 {rates['fp32']:.0f}, bf16 {rates['bf16']:.0f} |",
-              f"| share of the faster that training reaches | {share:.0%} (aim {60 if precision == 'bf16' else 65} %) |",
-              f"| {options['long']} tokens, plain modules | {cell('long/plain')} s a step, "
-              f"{cell('long/plain', 'peak_memory_mb')} MB |"]
+              f"| share of the faster one that training reaches | {share:.0%} "
+              f"(aim {60 if precision == 'bf16' else 65} %) |",
+              *(f"| {tokens} tokens, plain modules | {cell(f'long-{tokens}/plain')} s a step, "
+                f"{cell(f'long-{tokens}/plain', 'peak_memory_mb')} MB |" for tokens in options["long"])]
     for number, words in ((1, "one after the other"), (2, "two at once")):
         threads, seconds = runs[f"jobs/{number}/0"]["threads"], median(values(f"jobs/{number}"))
         lines.append(f"| runs an hour, {words}, threads each: {threads} | {number * 3600 / seconds:.0f} |")
@@ -425,7 +433,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", metavar="N", type=int, default=3, help="measurements of each side (%(default)s)")
     parser.add_argument("--steps", metavar="N", type=int, default=20, help="steps of 32 sentences (%(default)s)")
-    parser.add_argument("--long", metavar="N", type=int, default=256, help="tokens of a long text (%(default)s)")
+    parser.add_argument("--long", metavar="N", type=int, nargs="+", default=[256, 512],
+                        help="tokens of long texts (256 512)")
     parser.add_argument("--out", metavar="FOLDER", type=Path, default=ROOT / "results", help="(results)")
     parser.add_argument("--quick", action="store_true", help="everything tiny: shows that it runs, measures nothing")
     parser.add_argument("--task", nargs=2, help=argparse.SUPPRESS)  # name and arguments in JSON: a process of its own
@@ -438,7 +447,7 @@ def main():
     if arguments.quick:
         if arguments.out == ROOT / "results":
             parser.error("--quick measures nothing worth keeping: use another --out")
-        sizes, arguments.pairs = {"steps": 2, "trial_steps": 1, "long": 48, "long_steps": 1, "held_out": 32}, 1
+        sizes, arguments.pairs = {"steps": 2, "trial_steps": 1, "long": [48], "long_steps": 1, "held_out": 32}, 1
     with tempfile.TemporaryDirectory() as folder:
         needs = result(start("prepare", folder=folder, **sizes))
         name = re.sub("[^a-z0-9]+", "-", needs["about"]["processor"].lower())

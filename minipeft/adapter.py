@@ -18,7 +18,7 @@ class Adapter(nn.Module):
 
     W_down is (bottleneck, width), W_up (width, bottleneck): 2 x bottleneck x width + bottleneck + width parameters, in
     fp32. The weights are normal, truncated at two standard deviations, so the adapter starts near the identity. The
-    paper's deviation is 1e-2, that of its code 1e-3. The paper names no nonlinearity; its code has the tanh
+    paper's standard deviation is 1e-2, that of its code 1e-3. The paper names no nonlinearity; its code has the tanh
     approximation of GELU, this file exact GELU. Raises ValueError for a bottleneck below 1.
     """
 
@@ -95,8 +95,8 @@ def named(model, target):
 
 
 def freeze(model, train=()):
-    """Freeze `model` in place, except the modules that `train` names by dotted suffix. Return [], no names: nothing
-    is swapped.
+    """Freeze `model` in place, except the modules that `train` names by dotted suffix. Return an empty
+    list: nothing is swapped.
 
     Raise ValueError, and change nothing, for a name without a module. Warn if a module called `classifier` or `score`
     is frozen: a new head would stay at its random initialisation.

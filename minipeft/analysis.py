@@ -161,18 +161,21 @@ def latency(weights, size, rounds=20, calls=20, tokens=TOKENS):
 def span(row, unit="points", digits=1):
     """A paired difference in words, from the dict of a stats.Comparison."""
     mean, low, high = (f"{row[key]:+.{digits}f}" for key in ("mean", "low", "high"))
-    return f"{mean} {unit} [{low}, {high}]"
+    return " ".join(filter(None, (mean, unit, f"[{low}, {high}]")))
 
 
 def claim_layers(found):
     rows = found["differences"]
     single, everything, halves = (span(row) for row in rows.values())
+    lower = rows["lower half instead of upper half"]["verdict"]  # "worse": they matter more
+    lower = {"better": "confirmed", "worse": "contradicted"}.get(lower.split(",")[0], lower)
     return {"claim": "adapters: no single layer matters much, all together do, lower layers less than upper ones",
             "source": "Houlsby et al. 2019, section 3.6, figure 6 (left)",
             "measured": f"one run, {found['sentences']:,} test sentences, {found['complete']:.1f} % with all adapters. "
                         f"Removed: the worst single layer ({found['worst'] + 1}) {single}; all {everything}; the lower "
                         f"half instead of the upper half {halves}",
-            "verdict": "one run. " + "; ".join(f"{name}: {row['verdict']}" for name, row in rows.items()),
+            "verdict": f"one run. Removing the worst single layer: {rows['worst single layer']['verdict']}; removing "
+                       f"all: {rows['all layers']['verdict']}; lower layers matter less than upper ones: {lower}",
             "figure": "layers.png"}
 
 
@@ -189,7 +192,8 @@ def claim_spectrum(found):
     most, matrices = int((lora > 1e-12).sum()), {name: len(rows) for name, rows in found.items()}
     new = {name: sum(row["intruders"] for row in rows.values()) for name, rows in found.items()}
     return {"claim": "the update of full fine-tuning is low-rank; LoRA has intruder dimensions, full has none",
-            "source": "Hu et al. 2021, section 4.1 (hypothesis); 2405.09673 (the opposite); 2410.21228 (intruders)",
+            "source": "Hu et al. 2021, section 4.1 (hypothesis); Biderman et al. 2024, arXiv 2405.09673 (the opposite); "
+                      "Shuttleworth et al. 2024, arXiv 2410.21228 (intruders)",
             "measured": f"one run each, mean over the trained matrices ({matrices['full']} full, {matrices['lora']} "
                         f"LoRA). 90 % of the update's energy needs rank {needed} of {len(full)} (full) and {rank} of "
                         f"{most} (LoRA); the first {most} ranks hold {full[:most].sum():.0%} of full fine-tuning's. "
@@ -205,7 +209,7 @@ def claim_forgetting(found):
     """found: {technique: result of similarity_kept}, with full and lora."""
     pair = vars(stats.paired(np.subtract(found["lora"]["groups"], found["full"]["groups"]), overlap=0, margin=None))
     each = "; ".join(f"{name} {row['correlation']:.3f}" for name, row in found.items())
-    return {"claim": "LoRA forgets less than full fine-tuning", "source": "2405.09673",
+    return {"claim": "LoRA forgets less than full fine-tuning", "source": "Biderman et al. 2024, arXiv 2405.09673",
             "measured": f"one run each. Rank correlation of sentence similarities with the untouched model (1), "
                         f"{found['full']['sentences']} dev sentences: {each}. LoRA - full in {pair['runs']} groups of "
                         f"sentences: {span(pair, '', 3)}",

@@ -251,9 +251,10 @@ def adapter_bottleneck(config):
     for x, size in ((80, width), (318, bottleneck), (438, bottleneck), (676, width), (760, width)):
         rectangle(axis, x, y, 8, size * scale, facecolor=INK, zorder=3)
         write(axis, x, y - size * scale / 2 - 14, f"{size}")
-    for x, left, right, text in ((199, width, bottleneck, "$W_{down}$"), (557, bottleneck, width, "$W_{up}$")):
+    for x, left, right, text in ((199, width, bottleneck, "$W_{down},\\ b_{down}$"),
+                                 (557, bottleneck, width, "$W_{up},\\ b_{up}$")):
         taper(axis, x, y, left * scale, right * scale, 214, ADAPTER, upright=False)
-        write(axis, x, y, f"{text}\n{right} × {left}", 10, zorder=3)
+        write(axis, x, y, f"{text}\n{right} × {left}, {right}", 10, zorder=3)
     box(axis, 378, y, 56, 24, "GELU", PLAIN)
     plus(axis, 702, y)
     write(axis, 30, y + 16, "$h$", 11)
@@ -286,7 +287,8 @@ def shares(config):
             names = ("embeddings", f"{len(encoder.layers)} blocks", "head")
             for text, (start, end) in zip(names, pairwise((starts[0], starts[1], starts[-1], x))):
                 write(axis, (start + end) / 2, 212, text, va="baseline")
-    write(axis, 18, 246, "Parameters, in true proportion: frozen grey, trained coloured", 10.5, "left", weight="bold")
+    write(axis, 18, 246, "Parameters, in true proportion: frozen grey, trained coloured or black", 10.5, "left",
+          weight="bold")
     return figure
 
 

@@ -250,7 +250,8 @@ def study(x_label, panels, path, bars=None, y_label="test accuracy (%)", referen
             axis.set_xlim(-0.5, len(xs) - 0.5)
             continue
         axis.set_xscale("log")
-        draw(axis, series, dodge=0.012 * np.log(max(xs) / min(xs)) if bars else 0)
+        shared = len(xs) < sum(map(len, series.values()))  # bars at one x would hide each other
+        draw(axis, series, dodge=0.012 * np.log(max(xs) / min(xs)) if bars and shared else 0)
         axis.margins(x=0.08)
         if all(larger > 1.2 * x for x, larger in pairwise(sorted(xs))):  # far enough apart to label each
             axis.set_xticks(xs, [f"{x:,g}" if x < 1e5 else f"{x / 1e6:.3g} M" for x in xs])

@@ -16,7 +16,7 @@ import torch
 import train
 
 from . import checkpoint, data, download, stats
-from .files import UserError, write_text
+from .files import UserError, write_json
 from .settings import defaults
 from .studies import SEARCHES, STUDIES, Study
 
@@ -169,15 +169,18 @@ def start(run, jobs):
     return process
 
 
-def finish(run, process):
-    """Copy the record of a finished or failed run. UserError, with the last line of its log, if there is no record."""
+def finish(run, process, jobs):
+    """Copy the record of a finished or failed run, and add how many runs shared the machine, which its times depend on.
+    UserError, with the last line of its log, if there is no record."""
     process.join()
     if process.exitcode == 130:
         raise KeyboardInterrupt
     if process.exitcode not in (0, train.DIVERGED):
         last = "".join(run.log.read_text(encoding="utf-8").splitlines()[-1:])
         raise UserError(f"{run.name} ended with exit code {process.exitcode}: {last} ({run.log})")
-    write_text(run.record, (Path(run.settings.out) / checkpoint.RECORD).read_text(encoding="utf-8"))
+    record = checkpoint.read_record(Path(run.settings.out) / checkpoint.RECORD)
+    record["machine"]["jobs"] = jobs
+    write_json(run.record, record)
 
 
 def time_left(waiting, seconds, jobs):
@@ -218,7 +221,7 @@ def train_missing(runs, jobs):
                 running[process.sentinel] = run, process
             for sentinel in wait(running) if running else ():
                 run, process = running.pop(sentinel)
-                finish(run, process)
+                finish(run, process, jobs)
                 record = load(run)
                 precision = record["machine"]["precision"]
                 note_time(record)
