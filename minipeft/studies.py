@@ -173,24 +173,24 @@ PROTOCOL = """\
   epochs, and no dropout in the encoder. The hash of a text puts it into one of eleven parts. Fold i tests on part i,
   part 10 is dev, the other nine are for training.
 - All choices use dev only. Learning rates come from a grid by factors of 2 on folds 0 to 2, the best never at an
-  edge. Accuracy rule (primary; it sets train.py's defaults): the highest mean dev accuracy among rates r
-  for which 2 r loses at most 1 point. Loss rule: the lowest mean dev loss.
-- Measures: accuracy, and calibrated loss: log loss after dividing the logits by one number, the temperature, fitted on
-  the dev predictions of the run. Raw loss: without the temperature. Calibration error: the mean distance between
-  confidence and accuracy, in 15 bins. Gain kept: the share of the difference between head tuning and full fine-tuning.
-- Intervals over folds: paired, Student's t, variance times 1/k + 1/9 for k folds, as test and training
-  parts are 1 to 9 (Nadeau and Bengio 2003). Better or
-  worse: the interval at 1 - 0.05/m, for the m contrasts of a study, excludes zero. Equivalent within 1 point: the 90 %
-  interval lies within ±1. Else inconclusive. For one run, for
-  seeds on one test file, and on dev, the intervals are over sentences.
+  edge. Accuracy rule (primary; it sets train.py's defaults): the highest mean dev accuracy among rates r for which 2
+  r loses at most 1 point. Loss rule: the lowest mean dev loss.
+- Measures: accuracy, and calibrated loss: log loss after dividing the logits by one number, the temperature, fitted
+  on the dev predictions of the run. Raw loss: without the temperature. Calibration error: the mean distance between
+  confidence and accuracy, in 15 bins. Gain kept: the share of the difference between head tuning and full
+  fine-tuning.
+- Intervals over folds: paired, Student's t, variance times 1/k + 1/9 for k folds, as test and training parts are 1 to
+  9 (Nadeau and Bengio 2003). Better or worse: the interval at 1 - 0.05/m, for the m contrasts of a study, excludes
+  zero. Equivalent within 1 point: the 90 % interval lies within ±1. Else inconclusive. For one run, for seeds on one
+  test file, and on dev, the intervals are over sentences.
 - Two runs are compared only if processor, device and precision agree. Costs are averaged on one machine only."""
 LIMITS = """\
 - One small encoder and one data set of short sentences, unless a section says otherwise. Other tasks may differ.
 - The search of learning rates is not complete. Where "Learning rates" lists no search, rates are those of an earlier
   search by dev loss.
 - Dev has about a thousand sentences and rates were searched on three folds: neighbouring rates can be equally good.
-- The number of folds needed takes mean and variance found so far as the true ones: a rough guess. Beyond ten they
-  are folds of further splits.
+- The number of folds needed takes mean and variance found so far as the true ones: a rough guess. Beyond ten they are
+  folds of further splits.
 - The correction for folds is an approximation. ± is the standard deviation over runs, not an interval.
 - Failed runs are counted in the tables, and left out of means and differences. A study has the folds that all its
   variants have."""
