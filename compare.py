@@ -122,9 +122,8 @@ def describe(found):
         return f"{found.name}: no pair of runs{left_out}"
     return (f"{found.name}: {accuracy.mean:+.2f} points [{accuracy.low:+.2f}, {accuracy.high:+.2f}] at "
             f"{100 * accuracy.level:.4g} %, [{accuracy.low90:+.2f}, {accuracy.high90:+.2f}] at 90 %: "
-            f"{accuracy.verdict}; "
-            f"calibrated loss {loss.mean:+.4f} [{loss.low:+.4f}, {loss.high:+.4f}]: {loss.verdict}; "
-            + ("one run" if accuracy.runs == 1 else f"{accuracy.runs} pairs") + left_out)
+            f"{accuracy.verdict}; calibrated loss {loss.mean:+.4f} [{loss.low:+.4f}, {loss.high:+.4f}]: "
+            f"{loss.verdict}; " + ("one run" if accuracy.runs == 1 else f"{accuracy.runs} pairs") + left_out)
 
 
 def verdict_on_claim(found):
@@ -133,13 +132,13 @@ def verdict_on_claim(found):
     expected, accuracy = found.contrast.expected, found.accuracy
     if accuracy is None:
         return "not measured"
-    word, by = accuracy.verdict, ""
-    settled = expected == "equivalent" or word.startswith(("better", "worse"))
+    measured, by = accuracy.verdict, ""
+    settled = expected == "equivalent" or measured.startswith(("better", "worse"))
     if not settled and found.loss.verdict != stats.INCONCLUSIVE:
-        word, by = found.loss.verdict, " by calibrated loss"
-    verdict = f"confirmed{by}" if expected in word else f"contradicted{by} ({word})"
-    if word == stats.INCONCLUSIVE:
-        verdict = f"{word} ({accuracy.needed} folds needed)" if accuracy.needed else word
+        measured, by = found.loss.verdict, " by calibrated loss"
+    verdict = f"confirmed{by}" if expected in measured else f"contradicted{by} ({measured})"
+    if measured == stats.INCONCLUSIVE:
+        verdict = f"{measured} ({accuracy.needed} folds needed)" if accuracy.needed else measured
     return f"{verdict}, one run" if accuracy.runs == 1 else verdict
 
 
@@ -208,9 +207,14 @@ def on_one_machine(result):
 
 # -- figures ----------------------------------------------------------------------------------------------
 
+def shown_by_bars(findings):
+    """{variant: its first finding that was measured}, which its error bar shows."""
+    return {found.contrast.a: found for found in reversed(findings) if found.accuracy}
+
+
 def get_panels(result, findings):
     """The points of a study: {panel: {series: points}}. Their bars are the intervals of the paired differences."""
-    panels, bars = {}, {found.contrast.a: found.accuracy for found in reversed(findings) if found.accuracy}
+    panels, bars = {}, {name: found.accuracy for name, found in shown_by_bars(findings).items()}
     for variant in result.study.variants:
         outcomes, bar = result.outcomes[variant.name].values(), bars.get(variant.name)
         if outcomes:
@@ -238,10 +242,9 @@ def draw_costs(result, path):
 def draw(result, findings, place):
     """Draw the figures of a study. Returns their names."""
     study, names, bars, references = result.study, [f"{result.name}.png"], None, {}
-    if findings:
-        level = next((found.accuracy.level for found in findings if found.accuracy), 0.95)
-        to = {found.contrast.b for found in {found.contrast.a: found for found in reversed(findings)}.values()}
-        bars = (f"{100 * level:.4g} % interval of the paired difference to "
+    if shown := shown_by_bars(findings).values():
+        to = {found.contrast.b for found in shown}
+        bars = (f"{100 * next(iter(shown)).accuracy.level:.4g} % interval of the paired difference to "
                 f"{label(*to) if len(to) == 1 else 'the variant it is compared with'}")
     if study.references:
         main = collect(place, "techniques", result.folds).outcomes

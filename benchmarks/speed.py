@@ -15,9 +15,8 @@ best are called the peers:
 Each measurement is a process of its own, and the sides take turns. Training runs on a sample of the default data;
 seconds are those of the training loop, scaled to a whole epoch by the number of tokens (long texts: a step). Memory
 is the peak of the process, and the first step is timed from the start of the program. The peers do no evaluation,
-logging or saving.
-Adapters are minipeft's on all sides; the usual way to tune a head is Trainer on a frozen encoder. Nothing else should
-run on the machine meanwhile.
+logging or saving. Adapters are minipeft's on all sides; the usual way to tune a head is Trainer on a frozen encoder.
+Nothing else should run on the machine meanwhile.
 """
 import time
 STARTED = time.time()  # before the imports: they belong to the time to the first step
@@ -54,14 +53,6 @@ LADDER = [  # what is added to the plain loop, one by one, and whether only in b
 
 
 # -- what all sides share ---------------------------------------------------------------------------------
-
-def peak_memory():
-    """The most memory that this process has held, in MB."""
-    if Path("/proc/self/status").is_file():
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
-    import resource  # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-
 
 def time_first_step():
     """A list that receives the seconds from the start of the program to the end of the first optimiser step."""
@@ -186,7 +177,7 @@ def loop(settings, grouped=False, precision="fp32", twins=(), multiple=1):
         torch.nn.utils.clip_grad_norm_(models.trained(model).values(), settings.clip)
         optimizer.step()
         optimizer.zero_grad()
-    return {"seconds": time.perf_counter() - began, "peak_memory_mb": peak_memory()}
+    return {"seconds": time.perf_counter() - began, "peak_memory_mb": models.peak_memory("cpu")}
 
 
 def peer_model(settings, attention):
@@ -248,8 +239,9 @@ def peer(settings, side):
         train_sampling_strategy="group_by_length" if side["grouped"] else "random", report_to=[], disable_tqdm=True)
     transformers.Trainer(model, arguments, collate, examples(train_set), callbacks=[Clock()]).train()
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    from minipeft.model import peak_memory  # after the timed part
     figures = {"side": side, "seconds": times["ended"] - times["began"], "first_step_seconds": first[0],
-               "peak_memory_mb": peak_memory(), "trained": trained}
+               "peak_memory_mb": peak_memory("cpu"), "trained": trained}
     if settings["technique"] == "lora":
         model.encoder = model.eval().encoder.merge_and_unload()
         if side["grouped"]:
@@ -326,10 +318,10 @@ def measure_all(results, settings, pairs):
         if side["precision"] == "fp32" or rates["bf16"] * EMULATED > rates["fp32"]:
             measure(f"trial/{number}", "peer", settings=settings["trial"], side=side)
     peers = {"usual": USUAL, "best": fastest_trial(results.runs)}
+    long = [f"long-{tokens}" for tokens in results.content["options"]["long"]]
     for pair in range(pairs):
         measure(f"peak/{pair}", "peak")
-        parts = [f"long-{tokens}" for tokens in results.content["options"]["long"]]
-        for part in (*EPOCHS, *parts):
+        for part in (*EPOCHS, *long):
             for name, side in peers.items():
                 measure(f"{part}/{name}/{pair}", "peer", settings=settings[part], side=side)
             measure(f"{part}/minipeft/{pair}", "ours", settings=settings[part])
@@ -340,7 +332,7 @@ def measure_all(results, settings, pairs):
             if rates["chosen"] == "bf16" or not only_bf16:
                 have |= added
                 measure(f"ladder/{rung}/{pair}", "loop", settings=settings["lora"], **have)
-        for part in parts:
+        for part in long:
             measure(f"{part}/plain/{pair}", "loop", settings=settings[part], grouped=True, precision=rates["chosen"])
         measure(f"jobs/1/{pair}", "at_once", settings=settings["lora"], processes=1, threads=cores)
         measure(f"jobs/2/{pair}", "at_once", settings=settings["lora"], processes=2, threads=max(cores // 2, 1))

@@ -95,8 +95,8 @@ def named(model, target):
 
 
 def freeze(model, train=()):
-    """Freeze `model` in place, except the modules that `train` names by dotted suffix. Return an empty
-    list: nothing is swapped.
+    """Freeze `model` in place, except the modules that `train` names by dotted suffix. Return an empty list:
+    nothing is swapped.
 
     Raise ValueError, and change nothing, for a name without a module. Warn if a module called `classifier` or `score`
     is frozen: a new head would stay at its random initialisation.

@@ -1,8 +1,7 @@
 """A BERT encoder (Devlin et al. 2018, arXiv 1810.04805) that loads and saves Hugging Face folders.
 
 Post-norm blocks, exact (erf) GELU, learned positions: with the same weights it computes what transformers' BertModel
-does.
-Read downwards: config, the two sub-layers of a block, the encoder, then loading. The shapes in the comments are
+does. Read downwards: config, the two sub-layers of a block, the encoder, then loading. The shapes in the comments are
 those of the default weights: hidden 384, 12 heads of 32, feed-forward 1536; B sentences of T tokens.
 """
 import json

@@ -28,7 +28,7 @@ from .settings import TECHNIQUES, defaults
 RECORD, STATE = "run.json", "state.safetensors"
 FILES = (RECORD, STATE, "model.safetensors", "predictions.csv", "curves.png")
 START_KEYS = ("command", "settings", "machine", "versions", "weights_sha256", "data_sha256", "classes", "sentences",
-         "parameters")  # the keys of a record that are known before the first step
+              "parameters")  # the keys of a record that are known before the first step
 PARTS = {  # the keys inside the objects of a finished record
     "machine": ("processor", "device", "precision", "threads"),
     "metrics": ("train_loss", "train_accuracy", "dev_loss", "dev_accuracy", "test_loss", "test_accuracy",
@@ -37,8 +37,6 @@ PARTS = {  # the keys inside the objects of a finished record
     "test": ("lines", "labels", "logits")}
 # Settings that do not decide the outcome, or whose resolved value is stored under "machine".
 NOT_RECORDED = ("out", "resume", "overwrite", "save_every", "device", "precision")
-
-
 DELETE = "delete it (in the folder of a run: the whole folder) and run again"
 
 

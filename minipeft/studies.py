@@ -173,8 +173,8 @@ PROTOCOL = """\
   epochs, and no dropout in the encoder. The hash of a text puts it into one of eleven parts. Fold i tests on part i,
   part 10 is dev, the other nine are for training.
 - All choices use dev only. Learning rates come from a grid by factors of 2 on folds 0 to 2, the best never at an
-  edge. Accuracy rule (primary; it sets train.py's defaults): the highest mean dev accuracy among rates r for which 2
-  r loses at most 1 point. Loss rule: the lowest mean dev loss.
+  edge. Accuracy rule (primary; it sets train.py's defaults): the highest mean dev accuracy among rates whose
+  double loses at most 1 point. Loss rule: the lowest mean dev loss.
 - Measures: accuracy, and calibrated loss: log loss after dividing the logits by one number, the temperature, fitted
   on the dev predictions of the run. Raw loss: without the temperature. Calibration error: the mean distance between
   confidence and accuracy, in 15 bins. Gain kept: the share of the difference between head tuning and full
