@@ -41,9 +41,8 @@ import compare
 import train
 from benchmarks import parity
 from minipeft import (
-    __main__ as command_line, __main__ as program, __main__ as use, adapter, analysis, bert, checkpoint, data,
-    download, explain, fast, figures, files, head, interop, lora, memory, model as models, plots, rates, runs,
-    settings, settings as options, stats, studies)
+    __main__ as command_line, adapter, analysis, bert, checkpoint, data, download, explain, fast, figures, files, head,
+    interop, lora, memory, model as models, plots, rates, runs, settings as options, stats, studies)
 from minipeft.adapter import (
     Adapter, AdapterLinear, TrainedNorm, adapter_state, add_adapters, load_adapters, remove_adapters)
 from minipeft.bert import Bert, BertConfig, Block, hugging_face_name, load_bert, read_config, save_bert
@@ -225,18 +224,21 @@ GOLDEN = [
 ]
 
 
-@pytest.mark.parametrize("faster", [False, True])
-def test_real_weights_give_the_reference_outputs(real, faster):
+@pytest.mark.parametrize("twins", [(), (fast.FastLoRALinear,), (fast.FastAttention,), fast.TWINS],
+                         ids=["plain", "fast LoRA", "fast attention", "both"])
+def test_real_weights_give_the_reference_outputs_with_fresh_lora_and_speed_ups(twins, real, monkeypatch):
+    monkeypatch.setattr(fast.FastAttention, "fits", lambda module, precision: True)
     tokens, cut = data.tokenize(data.load_tokenizer(real, 128), [text for text, *_ in GOLDEN])
     assert [len(ids) for ids in tokens] == [11, 14, 9, 3, 23, 128] and cut == 1
     encoder = load_bert(real)
-    pooler = encoder.pooler
-    if faster:
-        fast.speed_up(encoder, "cpu", "fp32")
+    if twins:
+        add_lora(encoder)
+    assert len(fast.speed_up(encoder, "cpu", "fp32", twins)) == len(twins)
     input_ids, mask = data.pad(tokens)
     with torch.no_grad():
         hidden = encoder(input_ids, mask)
-        found = torch.stack([pool(hidden, mask), pool(hidden, mask, "cls"), torch.tanh(pooler(hidden[:, 0]))], 1)
+        pooled = torch.tanh(encoder.pooler(hidden[:, 0]))
+        found = torch.stack([pool(hidden, mask), pool(hidden, mask, "cls"), pooled], 1)
     assert torch.allclose(found[:, :, :4], torch.tensor([golden[1:] for golden in GOLDEN]), rtol=0, atol=1e-5)
 
 
@@ -1283,22 +1285,6 @@ def test_forty_steps_with_speed_ups_have_the_losses_of_the_plain_loop(tiny, make
     assert max(abs(one - other) for one, other in zip(plain, losses(True))) < 1e-6
 
 
-@pytest.mark.parametrize("twins", [(), (fast.FastLoRALinear,), (fast.FastAttention,), fast.TWINS],
-                         ids=["plain", "LoRA", "attention", "both"])
-def test_real_weights_give_the_reference_outputs_with_and_without_speed_ups(twins, real, monkeypatch):
-    monkeypatch.setattr(fast.FastAttention, "fits", lambda module, precision: True)
-    reference = {"A warm, funny and finally moving film.": [-0.382979, -0.154113, -0.015072, 0.161372],
-                 "word " * 400: [0.026944, -0.133111, -0.05951, 0.03275]}  # first values of the mean of all tokens
-    tokens, _ = data.tokenize(data.load_tokenizer(real, 128), list(reference))
-    encoder = load_bert(real)
-    add_lora(encoder)
-    assert len(fast.speed_up(encoder, "cpu", "fp32", twins)) == len(twins)
-    input_ids, mask = data.pad(tokens)
-    with torch.no_grad():
-        found = pool(encoder(input_ids, mask), mask)[:, :4]
-    assert (found - torch.tensor(list(reference.values()))).abs().max() < 1e-5
-
-
 def test_the_faster_precision_is_chosen_and_a_slow_bf16_is_tried_once_only(monkeypatch):
     tried = []
 
@@ -1434,6 +1420,15 @@ def test_a_whole_run(make_settings, tiny, capsys, technique):
     assert counts["technique"] == expected[technique] and counts["head"] == 32 * 32 + 32 + 32 * 2 + 2
     printed = capsys.readouterr().out
     assert "mistakes on dev" in printed and f"{metrics['test_accuracy']:.1%}" in printed and str(folder) in printed
+
+
+def test_dev_is_measured_as_often_as_asked_and_after_the_last_epoch_and_changes_nothing(make_settings):
+    often, seldom = (make_settings("lora", "--epochs", 3, "--eval-every", every, out=str(every)) for every in (1, 2))
+    for chosen in (often, seldom):
+        train.run(chosen)
+    (metrics, all_rows, *rest), (others, rows, *others_rest) = result(often), result(seldom)
+    assert rows == all_rows[1:] and [row["epoch"] for row in rows] == [2, 3]
+    assert metrics == others and rest == others_rest
 
 
 def test_no_epochs_measure_the_untrained_model(make_settings):
@@ -1789,11 +1784,11 @@ def test_classifying_from_the_shell(finished_run, capsys):
     given = subprocess.run([sys.executable, "-m", "minipeft", "predict", str(finished_run)], cwd=ROOT,
                            check=True, text=True,
                            capture_output=True, input="a good warm film\n\na bad dull plot\n").stdout.splitlines()
-    assert use.main(["predict", str(finished_run), "a good warm film", "a bad dull plot"]) == 0
+    assert command_line.main(["predict", str(finished_run), "a good warm film", "a bad dull plot"]) == 0
     lines = capsys.readouterr().out.splitlines()[-2:]
     assert [line.split("\t")[0] for line in lines] == ["good", "bad"]
     assert len(given) == 3 and [given[0], given[2]] == lines
-    assert use.main(["predict", str(finished_run / "none"), "text"]) == 2
+    assert command_line.main(["predict", str(finished_run / "none"), "text"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "no finished run" in error
 
@@ -1858,15 +1853,15 @@ def refusal(function, *arguments):
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_a_lora_run_exported_for_peft_and_imported_is_the_same_run(finished_runs, tiny, tmp_path, capsys, pooling):
     run = finished_runs("lora", pooling, "--rank", "3", "--rslora", "--top-layers", "1")
-    assert use.main(["export", str(run), str(tmp_path / "peft"), "--to", "peft"]) == 0
-    assert use.main(["import", str(tmp_path / "peft"), str(tmp_path / "back"), "--weights", str(tiny)]) == 0
+    assert command_line.main(["export", str(run), str(tmp_path / "peft"), "--to", "peft"]) == 0
+    assert command_line.main(["import", str(tmp_path / "peft"), str(tmp_path / "back"), "--weights", str(tiny)]) == 0
     one, before, _ = checkpoint.open_run(run)
     other, after, _ = checkpoint.open_run(tmp_path / "back")
     assert same_bits(bits(one), bits(other)) and after["classes"] == before["classes"] == ["bad", "good"]
     assert after["settings"]["max_length"] == 40
     capsys.readouterr()
     for folder in (run, tmp_path / "back"):
-        use.main(["predict", str(folder), "a good warm film", "dull and slow"])
+        command_line.main(["predict", str(folder), "a good warm film", "dull and slow"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == lines[2:]
     interop.export(tmp_path / "back", tmp_path / "again", "peft")
@@ -2055,18 +2050,18 @@ def test_a_csv_file_is_classified_with_probabilities(finished_runs, tmp_path, ca
     run, path = finished_runs("lora", "mean"), tmp_path / "in.csv"
     capsys.readouterr()  # what training prints
     path.write_text('id,text\n1,"a good, warm film"\n2,"dull\nand slow"\n', encoding="utf-8-sig")
-    assert use.main(["predict", str(run), "--csv", str(path)]) == 0
+    assert command_line.main(["predict", str(run), "--csv", str(path)]) == 0
     header, *rows = csv.reader(capsys.readouterr().out.splitlines(keepends=True))
     assert header == ["id", "text", "prediction", "p(bad)", "p(good)"] and [row[0] for row in rows] == ["1", "2"]
     assert rows[1][1] == "dull\nand slow"
     for row in rows:
         assert row[2] == ("good" if float(row[4]) > 0.5 else "bad") and abs(float(row[3]) + float(row[4]) - 1) < 2e-4
     path.write_text(f"id,text\n1,{'long ' * 30000}\n")  # beyond the csv module's limit for a field
-    assert use.main(["predict", str(run), "--csv", str(path)]) == 0 and "texts cut" in capsys.readouterr().err
+    assert command_line.main(["predict", str(run), "--csv", str(path)]) == 0 and "texts cut" in capsys.readouterr().err
     wrong = {"id,review\n1,x\n": "no column 'text'", "id,text\n1,a,b\n": "line 2: 3 columns", "": "is empty"}
     for content, part in wrong.items():
         path.write_text(content)
-        assert use.main(["predict", str(run), "--csv", str(path)]) == 2
+        assert command_line.main(["predict", str(run), "--csv", str(path)]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and part in error
 
@@ -2353,7 +2348,7 @@ def test_loss_accuracy_and_calibration_error_by_hand():
 
 # -- plots.py ---------------------------------------------------------------------------------------------
 
-LINES = [*settings.TECHNIQUES, "last block + head"]
+LINES = [*options.TECHNIQUES, "last block + head"]
 LABELS = [plots.look(name)[0] for name in LINES]
 POINTS = {name: [Point(1e-4, 80, 79, 81.5), Point(2e-4, 82, 81, 83), Point(4e-4, 50)] for name in LINES}
 KINDS = {name: [Point("query", 80, 79, 82), Point("query and value", 81)] for name in LINES}
@@ -2396,7 +2391,7 @@ def test_a_study_draws_bars_where_they_are_given_and_references_where_they_are_n
 def test_the_looks_of_techniques_differ_and_stay_the_same_in_every_figure():
     looks = [plots.look(name, LINES) for name in LINES]
     assert all(len(set(part)) == len(LINES) for part in zip(*looks))
-    assert looks[:-1] == [plots.look(name) for name in settings.TECHNIQUES]
+    assert looks[:-1] == [plots.look(name) for name in options.TECHNIQUES]
 
 
 FINGERPRINTS = {"weights_sha256": {"model.safetensors": "w"}, "data_sha256": ["d"]}
@@ -2760,9 +2755,7 @@ def test_options_that_do_not_go_together_are_refused_in_one_line(line, part, cap
     assert stop.value.code == 2 and part in said and said.count("\n") == 1
 
 
-# -- analysis.py and explain.py ---------------------------------------------------------------------------
-
-
+# -- analysis.py and memory.py ----------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def finished(tiny, reviews, tmp_path_factory):
@@ -2942,7 +2935,7 @@ def test_head_tuning_can_start_at_cached_vectors(lesson):
 
 
 def walk(technique, tiny, capsys):
-    assert program.main(["explain", technique, "--weights", str(tiny)]) == 0
+    assert command_line.main(["explain", technique, "--weights", str(tiny)]) == 0
     return capsys.readouterr().out.splitlines()
 
 
@@ -2963,14 +2956,11 @@ def test_a_walkthrough_repeats_but_for_the_ratio_of_times(tiny, capsys):
 
 
 def test_a_walkthrough_refuses_weights_that_are_not_there_in_one_line(tmp_path, capsys):
-    assert program.main(["explain", "lora", "--weights", str(tmp_path)]) == 2
+    assert command_line.main(["explain", "lora", "--weights", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 # -- README and exercises ---------------------------------------------------------------------------------
-
-
-
 
 README, EXERCISES = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "minipeft/README.md"))
 

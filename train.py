@@ -44,7 +44,7 @@ class Progress:
     step: int = 0                                     # optimiser steps taken
     seconds: float = 0.0                              # spent on them
     step_seconds: list = field(default_factory=list)  # of the last 1,000 steps
-    history: list = field(default_factory=list)       # one row an epoch
+    history: list = field(default_factory=list)       # one row for each measured epoch
 
 
 class Forward:
@@ -150,7 +150,7 @@ class Monitor:
 
 
 def train(forward, optimizer, train_set, dev_set, progress, settings, save):
-    """Train for all epochs; after each, measure dev and a fixed sample of the training set.
+    """Train for all epochs; after each that is due, measure dev and a fixed sample of the training set.
 
     Seed, epoch and step determine all random numbers, so in fp32 on a CPU a run that was stopped anywhere and
     resumed ends in the same bits.
@@ -190,7 +190,9 @@ def train(forward, optimizer, train_set, dev_set, progress, settings, save):
             if step % settings.save_every == 0:
                 monitor.read()  # a state is saved only if its loss is finite
                 save()
-        if len(progress.history) < epoch:
+        due = epoch % settings.eval_every == 0 or epoch == settings.epochs
+        just_ended = progress.step == epoch * len(batches)  # else it ended before an interruption
+        if due and just_ended and epoch not in [row["epoch"] for row in progress.history]:
             monitor.read()
             progress.history.append(measure(forward, sample, dev_set, epoch, progress.seconds))
             save()

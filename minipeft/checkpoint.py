@@ -36,7 +36,7 @@ PARTS = {  # the keys inside the objects of a finished record
     "dev": ("lines", "labels", "logits"),
     "test": ("lines", "labels", "logits")}
 # Settings that do not decide the outcome, or whose resolved value is stored under "machine".
-NOT_RECORDED = ("out", "resume", "overwrite", "save_every", "device", "precision")
+NOT_RECORDED = ("out", "resume", "overwrite", "save_every", "eval_every", "device", "precision")
 DELETE = "delete it (in the folder of a run: the whole folder) and run again"
 
 

@@ -135,6 +135,8 @@ def add_run(parser, technique):
                        help="folder of the run (default: runs/TECHNIQUE-foldI, or -seedN with --test)")
     group.add_argument("--save-every", metavar="STEPS", type=count, default=100,
                        help="how often to save the state (default: 100)")
+    group.add_argument("--eval-every", metavar="EPOCHS", type=count, default=1,
+                       help="how often to measure dev; the last epoch always is (default: 1)")
     group.add_argument("--resume", action="store_true", help="resume an unfinished run")
     group.add_argument("--overwrite", action="store_true", help="replace an existing run")
     if technique.options:
