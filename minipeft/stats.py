@@ -117,11 +117,6 @@ def paired_sentences(differences, **rule):
     return judge(float(differences.mean()), math.sqrt(variance), df, runs, **rule)
 
 
-def accuracy(logits, labels):
-    """Return the share of (n, classes) logits whose largest entry is that of the label (n,)."""
-    return float((np.argmax(logits, axis=1) == labels).mean())
-
-
 def log_probabilities(logits):
     """Log softmax, (n, classes) -> (n, classes)."""
     logits = np.asarray(logits, dtype=float)
