@@ -1407,6 +1407,7 @@ def test_a_whole_run(make_settings, tiny, capsys, technique):
     assert [row["epoch"] for row in record["history"]] == [1, 2, 3]
     logits, labels = np.array(record["test"]["logits"]), record["test"]["labels"]
     assert (logits.argmax(1) == labels).mean() == pytest.approx(metrics["test_accuracy"])
+    assert stats.log_loss(logits, labels) == pytest.approx(metrics["test_loss"], abs=1e-4)
     table = list(csv.DictReader((folder / "predictions.csv").open()))
     tested = [row for row in table if row["set"] == "test"]
     assert len(table) == record["sentences"]["dev"] + record["sentences"]["test"]
@@ -2227,7 +2228,7 @@ def test_two_processes_have_the_losses_of_one(several, tmp_path, monkeypatch, nu
     assert np.abs(np.array(found[number]) - losses).max() < 1e-5
     there = checkpoint.read_record(several[0] / technique / "run.json")
     assert there["machine"]["processes"] == 2 and there["test"]["lines"] == record["test"]["lines"]
-    assert np.abs(np.array(there["test"]["logits"]) - record["test"]["logits"]).max() < 2e-3  # they have 3 decimals
+    assert np.abs(np.array(there["test"]["logits"]) - record["test"]["logits"]).max() < 2e-3
 
 
 def test_only_the_first_process_prints_and_the_bytes_of_a_step_are_told(several):

@@ -253,6 +253,7 @@ def evaluate_run(forward, dev_set, test_set, progress):
     corpus, metrics, parts, started = forward.corpus, dict(progress.history[-1]), {}, time.perf_counter()
     for name, indices in (("dev", dev_set), ("test", test_set)):
         metrics[f"{name}_loss"], metrics[f"{name}_accuracy"], logits = forward.evaluate(indices, name)
+        logits = logits - logits[:, :1]  # softmax depends on differences only, and zeros make smaller files
         parts[name] = {"lines": corpus.line[indices].tolist(), "labels": corpus.labels[indices].tolist(),
                        "logits": [[round(value, 4) for value in row] for row in logits.tolist()]}
     metrics["sentences_per_second"] = (len(dev_set) + len(test_set)) / (time.perf_counter() - started)

@@ -44,7 +44,8 @@ def write_text(path, text):
 
 def write_json(path, content):
     """Write a dict as a JSON object with one key a line: compact, and still readable."""
-    lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in content.items())
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ": ")).encode
+    lines = (f"{encode(key)}: {encode(value)}" for key, value in content.items())
     write_text(path, "{" + ",\n".join(lines) + "}\n")
 
 
