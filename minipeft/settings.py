@@ -73,7 +73,7 @@ TECHNIQUES = {
             "targets": ["attention.output", "feed_forward.output"], "bottleneck": 32, "init_std": 1e-2,
             "norms": ["attention.norm", "feed_forward.norm"], **ENCODER}),
     "lora": Technique(
-        "LoRA", "low-rank updates of the linear layers (Hu et al. 2021), and the head", 2.5e-4, {
+        "LoRA", "low-rank updates of the linear layers (Hu et al. 2021), and the head", 5e-4, {
             "targets": LINEAR_LAYERS, "rank": 8, "alpha": 16.0, "lora_dropout": 0.0, "rslora": False,
             "init_from": None, **ENCODER}),
     "bitfit": Technique("BitFit", "the biases (Ben Zaken et al. 2021), and the head", 4e-3, ENCODER),

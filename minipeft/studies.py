@@ -24,9 +24,9 @@ FEW = {sentences: {"limit": sentences, "epochs": 20, "eval_every": 20}  # measur
 SEARCHES = {
     "head": Search("head", 8e-3, 8e-3, 8e-3),
     "adapter": Search("adapter", 5e-4, 5e-4, 5e-4),
-    "lora": Search("lora", 5e-4, 2.5e-4, 2.5e-4),
+    "lora": Search("lora", 5e-4, 5e-4, 2.5e-4),
     "bitfit": Search("bitfit", 4e-3, 4e-3, 4e-3),
-    "full": Search("full", 5e-5, 2.5e-5, 2.5e-5),
+    "full": Search("full", 5e-5, 2.5e-5, 1.25e-5),
     "last-block": Search("full", 2e-4, 4e-4, 4e-4, TOP_BLOCK),
     "two-blocks": Search("full", 2e-4, 4e-4, 4e-4, TOP_TWO),
     "adapter-86": Search("adapter", 5e-4, 5e-4, 5e-4, FEW[86]),
