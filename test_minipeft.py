@@ -1432,6 +1432,21 @@ def test_dev_is_measured_as_often_as_asked_and_after_the_last_epoch_and_changes_
     assert metrics == others and rest == others_rest
 
 
+def test_an_epoch_that_ended_before_an_interruption_is_not_measured_with_later_weights(make_settings, monkeypatch):
+    calls, step = [], torch.optim.AdamW.step
+
+    def step_that_stops(self, *arguments):
+        calls.append(None)
+        if len(calls) == 30:  # in the second epoch
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_that_stops)
+    assert train.main(make_settings("lora", "--save-every", 7, "--eval-every", 2)) == 130
+    record = train.run(make_settings("lora", "--resume"))  # measures every epoch
+    assert [row["epoch"] for row in record["history"]] == [2]
+
+
 def test_no_epochs_measure_the_untrained_model(make_settings):
     record = train.run(make_settings("head", "--epochs", 0))
     assert abs(record["metrics"]["dev_loss"] - math.log(2)) < 0.05 and record["history"][0]["epoch"] == 0

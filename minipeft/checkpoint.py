@@ -1,6 +1,7 @@
 """The folder of a run: its files, how an unfinished run resumes exactly, and how a finished one is opened.
 
     run.json            the record: settings, machine, versions, hashes, history, metrics, dev and test predictions
+                        (logits minus that of the first class)
     model.safetensors   the trained tensors
     predictions.csv     dev and test, for people and spreadsheets
     curves.png
