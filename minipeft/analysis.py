@@ -258,10 +258,16 @@ def claim_latency(found, processor):
 
 
 def find_runs(folder):
-    """One finished run a technique, {technique: folder}: that whose command line is nearest to the defaults."""
-    runs = {path.parent: checkpoint.read_record(path) for path in Path(folder).glob("*/run.json")}
-    finished = sorted((run for run in runs if "failed" not in runs[run]), key=lambda run: -len(runs[run]["command"]))
-    found = {runs[run]["settings"]["technique"]: str(run) for run in finished}  # the shortest command comes last
+    """One finished run a technique, {technique: folder}: that with the fewest settings that are not the defaults."""
+    runs = []
+    for path in Path(folder).glob("*/run.json"):
+        record = checkpoint.read_record(path)
+        technique = record["settings"]["technique"]
+        default = options.defaults(technique)
+        changed = sum(value != default[name] for name, value in record["settings"].items())
+        if "failed" not in record:
+            runs.append((changed, str(path.parent), technique))
+    found = {technique: path for _, path, technique in sorted(runs, reverse=True)}  # the nearest comes last
     return {technique: found[technique] for technique in options.TECHNIQUES if technique in found}
 
 
