@@ -317,8 +317,8 @@ def report_study(place, name, path=""):
                     "verdict": "<br>".join(verdicts), "figure": path + figures[0], "command": command}]
 
 
-def report_rates(place):
-    """(lines, claims) of the learning rates whose search the records complete."""
+def report_rates(place, path=""):
+    """(lines, claims) of the learning rates whose search the records complete. path: from README.md to the figure."""
     chosen, rows, figures = rates.publish(place)
     if not chosen:
         return [], []
@@ -326,9 +326,9 @@ def report_rates(place):
     if {"lora", "full"} <= chosen.keys():
         by_accuracy, by_loss = (chosen["lora"][rule] / chosen["full"][rule] for rule in ("accuracy", "loss"))
         claims = [{"claim": "LoRA's best learning rate is about ten times that of full fine-tuning",
-                   "source": "Schulman 2025", "verdict": MEASURED, "figure": "rates.png", "command": command,
+                   "source": "Schulman 2025", "verdict": MEASURED, "figure": path + figures[0], "command": command,
                    "measured": f"{by_accuracy:g} by the accuracy rule, {by_loss:g} by the loss rule"}]
-    return [f"`{command}`", "", *table(rates.HEADING, rows), "", *(f"![{name}]({name})" for name in figures)], claims
+    return [f"`{command}`", "", *table(rates.HEADING, rows), "", *(f"![{name}]({path}{name})" for name in figures)], claims
 
 
 def read_place(out):
@@ -349,22 +349,28 @@ def check_readme(path):
         raise UserError(f"{path} was not written by compare.py: choose another --out")
 
 
+def report_all(place, path=""):
+    """{heading: (lines, claims)} of every study and of the learning rates. path: from README.md to the figures."""
+    return {**{name: report_study(place, name, path) for name in STUDIES}, "Learning rates": report_rates(place, path)}
+
+
 def report(place):
-    """Write README.md and every figure from the records of a place and of its subfolders (other data). Trains nothing.
-    Returns the sections, {heading: lines}."""
-    reports = {name: report_study(place, name) for name in STUDIES} | {"Learning rates": report_rates(place)}
+    """Write README.md and every figure from the records of a place and of its subfolders (other data, or another
+    precision). Trains nothing. Returns the sections, {heading: lines}."""
+    reports = report_all(place)
     claims = [row for _, rows in reports.values() for row in rows]
     if (place.out / "analysis.json").is_file():
         claims += read_json(place.out / "analysis.json", ["claims"])["claims"]
+    for folder in sorted(path.parent for path in place.out.glob("*/runs")):
+        found = report_all(read_place(folder), f"{folder.name}/")
+        reports |= {f"{folder.name}: {heading}": parts for heading, parts in found.items()}
+        claims += [{**row, "claim": f"{folder.name}: {row['claim']}"} for _, rows in found.values() for row in rows]
     rows = [[f"{row['claim']} ({row['source']})", row["measured"], row["verdict"],
              f"[figure]({row['figure']})" if row["figure"] else "", f"`{row['command']}`"] for row in claims]
     sections = {"Protocol": [PROTOCOL], "Claims": ["No study is complete yet."]}
     if rows:
         sections["Claims"] = table(["claim", "measured", "verdict", "figure", "command"], rows)
     sections |= {heading: lines for heading, (lines, _) in reports.items()}
-    for folder in sorted(path.parent for path in place.out.glob("*/runs")):
-        other = read_place(folder)
-        sections |= {f"{folder.name}: {name}": report_study(other, name, f"{folder.name}/")[0] for name in STUDIES}
     sections["Limits"] = [LIMITS]
     command = shlex.join(["python", "compare.py", "--report", "--out", place.out.as_posix()])
     text = [TITLE, "", f"`{command}` writes this file and its figures from runs/."]

@@ -2490,7 +2490,7 @@ def test_the_targets_study_compares_matched_sizes():
 
 
 def test_the_command_of_a_published_record_gives_its_settings():
-    for path in (*ROOT.glob("results/*/*.json"), ROOT / "results" / "quick-start.json"):
+    for path in (*ROOT.glob("results/**/runs/*.json"), ROOT / "results" / "quick-start.json"):
         record = read_json(path)
         assert checkpoint.recorded(options.parse(shlex.split(record["command"])[2:])) == record["settings"], path
 
@@ -2498,9 +2498,9 @@ def test_the_command_of_a_published_record_gives_its_settings():
 def test_learning_rates_are_those_of_the_search():
     for name, technique in options.TECHNIQUES.items():
         assert SEARCHES[name].accuracy == technique.lr
-    path = ROOT / "results" / "rates.json"
-    for name, found in (read_json(path) if path.is_file() else {}).items():
-        assert (SEARCHES[name].accuracy, SEARCHES[name].loss) == (found["accuracy"], found["loss"])
+    for path in ROOT.glob("results/**/rates.json"):
+        for name, found in read_json(path).items():
+            assert (SEARCHES[name].accuracy, SEARCHES[name].loss) == (found["accuracy"], found["loss"]), path
 
 
 # -- runs -------------------------------------------------------------------------------------------------
@@ -2720,12 +2720,14 @@ def test_a_report_trains_nothing_and_repeats_to_the_byte(fake_place, monkeypatch
     monkeypatch.setattr(runs, "start", lambda *arguments: pytest.fail("a report must not train"))
     fake_study(fake_place, "rank", range(2))
     fake_record(runs.make_run(fake_place, Variant("lora", "lora"), 2), 1)  # of rank 8 alone
-    for fold in range(3):  # a complete search
-        for power in range(-4, 5):
-            variant = Variant("head", "head", {"lr": 8e-3 * 2.0 ** power})
-            fake_record(runs.make_run(fake_place, variant, fold), 4 - abs(power))
     out = fake_place.out
-    fake_study(stats.replace(fake_place, out=out / "other", common=fake_place.common | {"epochs": 4}), "dropout", [0])
+    other = stats.replace(fake_place, out=out / "other", common=fake_place.common | {"epochs": 4})
+    fake_study(other, "dropout", [0])
+    for place in (fake_place, other):
+        for fold in range(3):  # a complete search
+            for power in range(-4, 5):
+                variant = Variant("head", "head", {"lr": 8e-3 * 2.0 ** power})
+                fake_record(runs.make_run(place, variant, fold), 4 - abs(power))
     claim = {"claim": "a claim", "source": "a paper", "measured": "3", "verdict": "confirmed"}
     write_json(out / "analysis.json", {"claims": [claim | {"figure": None, "command": "c"}]})
     contents = []
@@ -2737,7 +2739,9 @@ def test_a_report_trains_nothing_and_repeats_to_the_byte(fake_place, monkeypatch
     text = contents[0]["README.md"].decode()
     assert "## rank\n" in text and "## light\n" not in text and "| head tuning | 0.00" in text
     assert "| a claim (a paper) | 3 | confirmed |" in text and "--study rank --folds 2" in text
-    assert "## other: dropout\n" in text and f"--folds 1 --epochs 4 --out {out.as_posix()}/other`" in text
+    assert "## other: Learning rates\n" in text and "(other/rates.png)" in text
+    assert "## other: dropout\n" in text and "| other: encoder dropout of 0.1" in text and "(other/dropout.png)" in text
+    assert f"--folds 1 --epochs 4 --out {out.as_posix()}/other`" in text
     for command in re.findall(r"`(python compare.py [^`]+)`", text):
         compare.parse(shlex.split(command)[2:])  # every printed command is accepted
 
@@ -3143,7 +3147,7 @@ def test_the_quick_start_shows_what_train_prints(real, make_settings, capsys):
 
 def test_the_quick_start_is_the_output_of_a_recorded_run():
     record, lines = checkpoint.read_record(ROOT / "results" / "quick-start.json"), []
-    assert record["command"] == "python train.py lora --fold 0"
+    assert record["command"] == "python train.py lora --lr 0.0005 --fold 0"
     for row in record["history"]:
         part = {name: f"{name} loss {row[name + '_loss']:.3f} accuracy {row[name + '_accuracy']:.1%}"
                 for name in ("train", "dev")}

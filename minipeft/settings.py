@@ -188,10 +188,12 @@ def parse(arguments):
 
 
 def command(settings):
-    """The command line that gives these settings, without options at their defaults: the inverse of `parse`."""
+    """The command line that gives these settings: the inverse of `parse`. It leaves out options at their defaults,
+    except the learning rate, whose default may change with a new search."""
     words, default = ["python", "train.py", settings.technique], defaults(settings.technique)
     for name, value in vars(settings).items():
-        if value == default[name] or name in ("out", "resume", "overwrite") or isinstance(value, dict):
+        needless = value == default[name] and name != "lr"
+        if needless or name in ("out", "resume", "overwrite") or isinstance(value, dict):
             continue  # a dict is what --init-from found
         words.append("--" + name.replace("_", "-"))
         if isinstance(value, list):
