@@ -69,7 +69,7 @@ ENCODER = {"dropout": 0.0, "top_layers": None}
 TECHNIQUES = {
     "head": Technique("head tuning", "the classification head, the last two layers", 8e-3, {}),
     "adapter": Technique(
-        "adapters", "bottleneck adapters after each sub-layer (Houlsby et al. 2019), and the head", 5e-4, {
+        "adapters", "bottleneck adapters after each sub-layer (Houlsby et al. 2019), and the head", 1e-3, {
             "targets": ["attention.output", "feed_forward.output"], "bottleneck": 32, "init_std": 1e-2,
             "norms": ["attention.norm", "feed_forward.norm"], **ENCODER}),
     "lora": Technique(

@@ -23,7 +23,7 @@ FEW = {sentences: {"limit": sentences, "epochs": 20, "eval_every": 20}  # measur
        for sentences in (86, 431)}  # 1 and 5 %; 60 and 280 steps
 SEARCHES = {
     "head": Search("head", 8e-3, 8e-3, 8e-3),
-    "adapter": Search("adapter", 5e-4, 5e-4, 5e-4),
+    "adapter": Search("adapter", 5e-4, 1e-3, 5e-4),
     "lora": Search("lora", 5e-4, 5e-4, 2.5e-4),
     "bitfit": Search("bitfit", 4e-3, 4e-3, 4e-3),
     "full": Search("full", 5e-5, 2.5e-5, 1.25e-5),
