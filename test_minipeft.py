@@ -3037,6 +3037,20 @@ def test_the_results_in_the_readme_are_those_of_the_records():
     assert f"{float(slower):.0f} % at batch 1" in README
 
 
+def test_what_is_said_about_the_accuracy_of_bf16_is_true_of_the_records():
+    differences = []
+    for path in (ROOT / "results/fp32/runs").glob("*.json"):
+        twin = ROOT / "results/runs" / path.name
+        if twin.is_file():
+            one, other = (read_json(record)["metrics"] for record in (path, twin))
+            differences.append([other[name] - one[name] for name in ("test_accuracy", "test_loss")])
+    (accuracy, loss), (mean, _) = np.abs(differences).max(0), np.mean(differences, 0)
+    said = between((ROOT / "benchmarks/README.md").read_text(), "bf16")
+    assert f"No: {len(differences)} runs were trained twice" in said and accuracy < 0.005
+    assert f"at most {100 * accuracy:.2f} points and by {100 * mean:+.2f} on average" in said
+    assert f"at most {loss:.4f}" in said
+
+
 def test_readme_has_about_1500_words_outside_code():
     text = re.sub(r"^```.*?^```$|<!--.*?-->|\$.*?\$|\]\(.*?\)", "", README, flags=re.M | re.S)  # nor formulas and links
     words = [word for word in text.split() if re.search("[a-zA-Z]", word)]
