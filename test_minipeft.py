@@ -2503,6 +2503,19 @@ def test_learning_rates_are_those_of_the_search():
             assert (SEARCHES[name].accuracy, SEARCHES[name].loss) == (found["accuracy"], found["loss"]), path
 
 
+def test_the_close_call_in_the_limits_is_that_of_the_records():
+    def right(folder, rate):
+        """The number of right predictions on dev, over folds 0 to 2."""
+        records = [read_json(ROOT / f"results/{folder}/adapter-lr-{rate}-fold{fold}.json") for fold in range(3)]
+        return sum(round(record["metrics"]["dev_accuracy"] * record["sentences"]["dev"]) for record in records)
+
+    half, one, two, four = (right("search/runs", rate) for rate in ("0.0005", "0.001", "0.002", "0.004"))
+    limits = " ".join(studies.LIMITS.split())
+    assert f"2e-3 has {100 * (two - one) / 2889:.1f} points more" in limits
+    assert f"4e-3 has {100 * (two - four) / 2889:.3f} points less" in limits
+    assert (one - half, right("runs", "0.001") - half) == (1, -1) and "by one of 2,889 predictions" in limits
+
+
 # -- runs -------------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -3031,6 +3044,10 @@ def test_the_results_in_the_readme_are_those_of_the_records():
     for contrast in result.study.contrasts:
         found = compare.measure(result, contrast).accuracy
         assert f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]".replace("-", "−") in shown, contrast
+    seconds = {name: compare.mean_std(found.values(), "train_seconds")[0] for name, found in result.outcomes.items()}
+    lora, adapter = (round(100 * seconds[name] / seconds["full"]) for name in ("lora", "adapter"))
+    assert f"need {lora} % and {adapter} % of its training time" in shown
+    assert f"each of {sum(run.scores.shape[1] for run in result.outcomes['full'].values()):,} sentences" in shown
     analysis, (rank,) = (ROOT / "results/analysis.json").read_text(), re.findall(r"rank (\d+ of \d+)", README)
     assert f"90 % of the update's energy needs rank {rank} (full)" in analysis
     slower = re.search(r"batch 1: .*?; adapters \+([\d.]+) %", analysis)[1]
@@ -3040,8 +3057,9 @@ def test_the_results_in_the_readme_are_those_of_the_records():
 def test_what_is_said_about_the_accuracy_of_bf16_is_true_of_the_records():
     differences = []
     for path in (ROOT / "results/fp32/runs").glob("*.json"):
-        twin = ROOT / "results/runs" / path.name
-        if twin.is_file():
+        for twin in (ROOT / "results" / folder / path.name for folder in ("runs", "search/runs")):
+            if not twin.is_file():
+                continue
             one, other = (read_json(record)["metrics"] for record in (path, twin))
             differences.append([other[name] - one[name] for name in ("test_accuracy", "test_loss")])
     (accuracy, loss), (mean, _) = np.abs(differences).max(0), np.mean(differences, 0)
