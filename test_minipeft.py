@@ -3055,13 +3055,10 @@ def test_the_results_in_the_readme_are_those_of_the_records():
 
 
 def test_what_is_said_about_the_accuracy_of_bf16_is_true_of_the_records():
-    differences = []
-    for path in (ROOT / "results/fp32/runs").glob("*.json"):
-        for twin in (ROOT / "results" / folder / path.name for folder in ("runs", "search/runs")):
-            if not twin.is_file():
-                continue
-            one, other = (read_json(record)["metrics"] for record in (path, twin))
-            differences.append([other[name] - one[name] for name in ("test_accuracy", "test_loss")])
+    twins = {path.name: path for folder in ("search/runs", "runs") for path in (ROOT / "results" / folder).glob("*.json")}
+    pairs = [(path, twins[path.name]) for path in (ROOT / "results/fp32/runs").glob("*.json") if path.name in twins]
+    metrics = [[read_json(path)["metrics"] for path in pair] for pair in pairs]
+    differences = [[bf16[name] - fp32[name] for name in ("test_accuracy", "test_loss")] for fp32, bf16 in metrics]
     (accuracy, loss), (mean, _) = np.abs(differences).max(0), np.mean(differences, 0)
     said = between((ROOT / "benchmarks/README.md").read_text(), "bf16")
     assert f"No: {len(differences)} runs were trained twice" in said and accuracy < 0.005
