@@ -328,7 +328,8 @@ def report_rates(place, path=""):
         claims = [{"claim": "LoRA's best learning rate is about ten times that of full fine-tuning",
                    "source": "Schulman 2025", "verdict": MEASURED, "figure": path + figures[0], "command": command,
                    "measured": f"{by_accuracy:g} by the accuracy rule, {by_loss:g} by the loss rule"}]
-    return [f"`{command}`", "", *table(rates.HEADING, rows), "", *(f"![{name}]({path}{name})" for name in figures)], claims
+    shown = [f"![{name}]({path}{name})" for name in figures]
+    return [f"`{command}`", "", *table(rates.HEADING, rows), "", *shown], claims
 
 
 def read_place(out):
@@ -351,12 +352,13 @@ def check_readme(path):
 
 def report_all(place, path=""):
     """{heading: (lines, claims)} of every study and of the learning rates. path: from README.md to the figures."""
-    return {**{name: report_study(place, name, path) for name in STUDIES}, "Learning rates": report_rates(place, path)}
+    studies = {name: report_study(place, name, path) for name in STUDIES}
+    return studies | {"Learning rates": report_rates(place, path)}
 
 
 def report(place):
-    """Write README.md and every figure from the records of a place and of its subfolders (other data, or another
-    precision). Trains nothing. Returns the sections, {heading: lines}."""
+    """Write README.md and every figure from the records of a place and of its subfolders (other data, another
+    precision, a search). Trains nothing. Returns the sections, {heading: lines}."""
     reports = report_all(place)
     claims = [row for _, rows in reports.values() for row in rows]
     if (place.out / "analysis.json").is_file():

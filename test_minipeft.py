@@ -3055,8 +3055,9 @@ def test_the_results_in_the_readme_are_those_of_the_records():
 
 
 def test_what_is_said_about_the_accuracy_of_bf16_is_true_of_the_records():
-    twins = {path.name: path for folder in ("search/runs", "runs") for path in (ROOT / "results" / folder).glob("*.json")}
-    pairs = [(path, twins[path.name]) for path in (ROOT / "results/fp32/runs").glob("*.json") if path.name in twins]
+    in_fp32, *in_bf16 = (ROOT.glob(f"results/{folder}/*.json") for folder in ("fp32/runs", "search/runs", "runs"))
+    twins = {path.name: path for paths in in_bf16 for path in paths}
+    pairs = [(path, twins[path.name]) for path in in_fp32 if path.name in twins]
     metrics = [[read_json(path)["metrics"] for path in pair] for pair in pairs]
     differences = [[bf16[name] - fp32[name] for name in ("test_accuracy", "test_loss")] for fp32, bf16 in metrics]
     (accuracy, loss), (mean, _) = np.abs(differences).max(0), np.mean(differences, 0)
