@@ -192,8 +192,8 @@ def claim_spectrum(found):
     most, matrices = int((lora > 1e-12).sum()), {name: len(rows) for name, rows in found.items()}
     new = {name: sum(row["intruders"] for row in rows.values()) for name, rows in found.items()}
     return {"claim": "the update of full fine-tuning is low-rank; LoRA has intruder dimensions, full has none",
-            "source": "Hu et al. 2021, section 4.1 (hypothesis); Biderman et al. 2024, arXiv 2405.09673 (the opposite); "
-                      "Shuttleworth et al. 2024, arXiv 2410.21228 (intruders)",
+            "source": "Hu et al. 2021, section 4.1 (hypothesis); Biderman et al. 2024, arXiv 2405.09673 (the "
+                      "opposite); Shuttleworth et al. 2024, arXiv 2410.21228 (intruders)",
             "measured": f"one run each, mean over the trained matrices ({matrices['full']} full, {matrices['lora']} "
                         f"LoRA). 90 % of the update's energy needs rank {needed} of {len(full)} (full) and {rank} of "
                         f"{most} (LoRA); the first {most} ranks hold {full[:most].sum():.0%} of full fine-tuning's. "

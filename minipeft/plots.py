@@ -188,12 +188,12 @@ def rates(accuracy, loss, chosen_by_accuracy, chosen_by_loss, path):
     The scale is that of the best rates; a triangle at the edge marks a rate whose value lies beyond it.
     """
     figure, axes = figure_in_style(2, 1, (9, 8), sharex=True)
-    panels = ((accuracy, chosen_by_accuracy, "dev accuracy (%)", max, 0.5, 0.15),  # more room on the worse side
-              (loss, chosen_by_loss, "dev loss (nats)", min, 0.15, 0.5))
-    for axis, (series, chosen, label, best_of, below, above) in zip(axes[:, 0], panels):
+    panels = ((accuracy, chosen_by_accuracy, "dev accuracy (%)", max, 0.05, 0.5, 0.15),  # more room on the worse side
+              (loss, chosen_by_loss, "dev loss (nats)", min, 0.2, 0.15, 0.5))
+    for axis, (series, chosen, label, best_of, least, below, above) in zip(axes[:, 0], panels):
         draw(axis, series)
         best = [best_of(point.y for point in points) for points in series.values()]
-        room = max(max(best) - min(best), 0.05 * max(best))
+        room = max(max(best) - min(best), least * max(best))
         low, high = min(best) - below * room, max(best) + above * room
         axis.set(xscale="log", ylabel=label, ylim=(low, high))
         for name, points in series.items():

@@ -164,6 +164,12 @@ STUDIES = {
         "10 epochs against the default 3, on dev", "check of the protocol", "epochs",
         vary("head", "epochs", (3, 10), str) + vary("bitfit", "epochs", (3, 10), str),
         [Contrast(f"{name} epochs 10", f"{name} epochs 3") for name in ("head", "bitfit")], 3, part="dev"),
+    "doubling": Study(
+        "2e-3, the rate with the highest dev accuracy for adapters and for LoRA, whose double loses more than 1 point",
+        "check of the protocol, planned after the main results were known", "learning rate",
+        vary("adapter", "lr", (1e-3, 2e-3)) + vary("lora", "lr", (5e-4, 2e-3)) + vary("full", "lr", (2.5e-5,)),
+        [Contrast("adapter lr 0.002", "adapter lr 0.001"), Contrast("lora lr 0.002", "lora lr 0.0005"),
+         Contrast("adapter lr 0.002", "full lr 2.5e-05"), Contrast("lora lr 0.002", "full lr 2.5e-05")], 10),
 }
 
 
