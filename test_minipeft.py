@@ -3048,6 +3048,13 @@ def test_the_results_in_the_readme_are_those_of_the_records():
     lora, adapter = (round(100 * seconds[name] / seconds["full"]) for name in ("lora", "adapter"))
     assert f"need {lora} % and {adapter} % of its training time" in shown
     assert f"each of {sum(run.scores.shape[1] for run in result.outcomes['full'].values()):,} sentences" in shown
+    for study, verdicts in (("bottleneck", ["confirmed", "confirmed"]), ("rank", ["inconclusive", "confirmed"]),
+                            ("init", ["inconclusive", "confirmed"])):
+        result = compare.collect(compare.read_place(ROOT / "results"), study, range(10))
+        for contrast, verdict in zip(result.study.contrasts, verdicts):
+            found = compare.measure(result, contrast)
+            assert f"{found.accuracy.mean:+.2f}".replace("-", "−") in shown, contrast
+            assert (compare.verdict_on_claim(found) if contrast.expected else found.accuracy.verdict) == verdict
     analysis, (rank,) = (ROOT / "results/analysis.json").read_text(), re.findall(r"rank (\d+ of \d+)", README)
     assert f"90 % of the update's energy needs rank {rank} (full)" in analysis
     slower = re.search(r"batch 1: .*?; adapters \+([\d.]+) %", analysis)[1]
