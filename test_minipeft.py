@@ -3055,6 +3055,8 @@ def test_the_results_in_the_readme_are_those_of_the_records():
             found = compare.measure(result, contrast)
             assert f"{found.accuracy.mean:+.2f}".replace("-", "−") in shown, contrast
             assert (compare.verdict_on_claim(found) if contrast.expected else found.accuracy.verdict) == verdict
+    excluded = compare.collect(compare.read_place(ROOT / "results"), "doubling", range(10)).outcomes["adapter lr 0.002"]
+    assert f"adapters reach {compare.mean_std(excluded.values(), 'accuracy')[0]:.2f}" in shown and len(excluded) == 10
     analysis, (rank,) = (ROOT / "results/analysis.json").read_text(), re.findall(r"rank (\d+ of \d+)", README)
     assert f"90 % of the update's energy needs rank {rank} (full)" in analysis
     slower = re.search(r"batch 1: .*?; adapters \+([\d.]+) %", analysis)[1]

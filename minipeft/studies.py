@@ -198,7 +198,7 @@ LIMITS = """\
   search by dev loss.
 - The adapters' rate was a close call. 2e-3 has 0.8 points more dev accuracy than 1e-3, but 4e-3 has 1.004 points less
   than 2e-3, and the rule allows 1. And 1e-3 is ahead of 5e-4 by one of 2,889 predictions: the same three runs on two
-  threads instead of one are one behind.
+  threads instead of one are one behind. The study "doubling" shows what the rule costs adapters and LoRA.
 - Dev has about a thousand sentences and rates were searched on three folds: neighbouring rates can be equally good.
 - The number of folds needed takes mean and variance found so far as the true ones: a rough guess. Beyond ten they are
   folds of further splits.
