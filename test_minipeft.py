@@ -3037,7 +3037,8 @@ SHOWN = {"share": ("trained", ".2%"), "train_accuracy": ("train accuracy", ".1%"
 
 
 def test_the_results_in_the_readme_are_those_of_the_records():
-    result = compare.collect(compare.read_place(ROOT / "results"), "techniques", range(10))
+    place = compare.read_place(ROOT / "results")
+    result = compare.collect(place, "techniques", range(10))
     rows = [compare.cells(name, found.values(), SHOWN) for name, found in result.outcomes.items()]
     shown = between(README, "results")
     assert "\n".join(compare.table(["", "runs", *(heading for heading, _ in SHOWN.values())], rows)) in shown
@@ -3050,12 +3051,12 @@ def test_the_results_in_the_readme_are_those_of_the_records():
     assert f"each of {sum(run.scores.shape[1] for run in result.outcomes['full'].values()):,} sentences" in shown
     for study, verdicts in (("bottleneck", ["confirmed", "confirmed"]), ("rank", ["inconclusive", "confirmed"]),
                             ("init", ["inconclusive", "confirmed"])):
-        result = compare.collect(compare.read_place(ROOT / "results"), study, range(10))
+        result = compare.collect(place, study, range(10))
         for contrast, verdict in zip(result.study.contrasts, verdicts):
             found = compare.measure(result, contrast)
             assert f"{found.accuracy.mean:+.2f}".replace("-", "−") in shown, contrast
             assert (compare.verdict_on_claim(found) if contrast.expected else found.accuracy.verdict) == verdict
-    excluded = compare.collect(compare.read_place(ROOT / "results"), "doubling", range(10)).outcomes["adapter lr 0.002"]
+    excluded = compare.collect(place, "doubling", range(10)).outcomes["adapter lr 0.002"]
     assert f"adapters reach {compare.mean_std(excluded.values(), 'accuracy')[0]:.2f}" in shown and len(excluded) == 10
     analysis, (rank,) = (ROOT / "results/analysis.json").read_text(), re.findall(r"rank (\d+ of \d+)", README)
     assert f"90 % of the update's energy needs rank {rank} (full)" in analysis

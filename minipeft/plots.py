@@ -188,7 +188,8 @@ def rates(accuracy, loss, chosen_by_accuracy, chosen_by_loss, path):
     The scale is that of the best rates; a triangle at the edge marks a rate whose value lies beyond it.
     """
     figure, axes = figure_in_style(2, 1, (9, 8), sharex=True)
-    panels = ((accuracy, chosen_by_accuracy, "dev accuracy (%)", max, 0.05, 0.5, 0.15),  # more room on the worse side
+    # least: of the room, as a share of the best value; below and above: more of it on the worse side
+    panels = ((accuracy, chosen_by_accuracy, "dev accuracy (%)", max, 0.05, 0.5, 0.15),
               (loss, chosen_by_loss, "dev loss (nats)", min, 0.2, 0.15, 0.5))
     for axis, (series, chosen, label, best_of, least, below, above) in zip(axes[:, 0], panels):
         draw(axis, series)
