@@ -105,12 +105,11 @@ def measure(result, contrast):
     scores = [one.scores - other.scores for one, other in pairs if machine(one.record) == machine(other.record)]
     accuracy = loss = None
     if scores and scores[0].shape[1] > 1:
-        same_sentences = len(scores) == 1 or result.study.part == "dev" or "test" in pairs[0][0].record["settings"]
-        compare = stats.paired_sentences if same_sentences else stats.paired
-        accuracy, loss = zip(*(scores if same_sentences else [pair.mean(1) for pair in scores]))
-        count = len(result.study.contrasts)
-        accuracy = compare(accuracy, comparisons=count)
-        loss = compare(loss, comparisons=count, margin=None, lower_is_better=True)
+        same_sentences = result.study.part == "dev" or "test" in pairs[0][0].record["settings"]
+        rule = {"same_sentences": same_sentences, "comparisons": len(result.study.contrasts)}
+        accuracy, loss = zip(*scores)
+        accuracy = stats.compare(accuracy, **rule)
+        loss = stats.compare(loss, margin=None, lower_is_better=True, **rule)
     return Finding(contrast, accuracy, loss, len(result.folds) - len(scores))
 
 
@@ -140,6 +139,20 @@ def verdict_on_claim(found):
     if measured == stats.INCONCLUSIVE:
         verdict = f"{measured} ({accuracy.needed} folds needed)" if accuracy.needed else measured
     return f"{verdict}, one run" if accuracy.runs == 1 else verdict
+
+
+def brief(found):
+    """The part of a finding that its verdict rests on, for the table of claims."""
+    accuracy, loss = found.accuracy, found.loss
+    if accuracy is None:
+        return describe(found)
+    low, high, level = accuracy.low, accuracy.high, accuracy.level
+    if accuracy.verdict.startswith("equivalent"):
+        low, high, level = accuracy.low90, accuracy.high90, 0.9
+    text = f"{found.name}: {accuracy.mean:+.2f} points [{low:+.2f}, {high:+.2f}] at {100 * level:.4g} %"
+    if found.contrast.expected and "by calibrated loss" in verdict_on_claim(found):
+        text += f", calibrated loss {loss.mean:+.4f} [{loss.low:+.4f}, {loss.high:+.4f}]"
+    return text
 
 
 # -- tables -----------------------------------------------------------------------------------------------
@@ -312,7 +325,7 @@ def report_study(place, name, path=""):
     command = command_of(place, "--study", name, "--folds", str(len(result.folds)))
     lines = [f"{study.claim} ({study.source}): `{command}`", "", *(f"- {line}" for line in measured),
              *(f"- Verdict: {line}" for line in verdicts), "", *lines]
-    measured = [describe(found) for found in judged] or measured
+    measured = [brief(found) for found in judged or findings] or measured
     return lines, [{"claim": study.claim, "source": study.source, "measured": "<br>".join(measured),
                     "verdict": "<br>".join(verdicts), "figure": path + figures[0], "command": command}]
 
@@ -364,9 +377,13 @@ def report(place):
     if (place.out / "analysis.json").is_file():
         claims += read_json(place.out / "analysis.json", ["claims"])["claims"]
     for folder in sorted(path.parent for path in place.out.glob("*/runs")):
-        found = report_all(read_place(folder), f"{folder.name}/")
-        reports |= {f"{folder.name}: {heading}": parts for heading, parts in found.items()}
-        claims += [{**row, "claim": f"{folder.name}: {row['claim']}"} for _, rows in found.values() for row in rows]
+        part = read_place(folder)
+        found = report_all(part, f"{folder.name}/")
+        reports |= {f"{folder.name}: {heading}": lines for heading, lines in found.items()}
+        same = (part.common, part.data_sha256) == (place.common, place.data_sha256)  # then the main runs decide
+        judged = {row["claim"] for row in claims} if same else ()
+        claims += [{**row, "claim": f"{folder.name}: {row['claim']}"} for _, rows in found.values() for row in rows
+                   if row["claim"] not in judged]
     rows = [[f"{row['claim']} ({row['source']})", row["measured"], row["verdict"],
              f"[figure]({row['figure']})" if row["figure"] else "", f"`{row['command']}`"] for row in claims]
     sections = {"Protocol": [PROTOCOL], "Claims": ["No study is complete yet."]}

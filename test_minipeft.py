@@ -2736,6 +2736,9 @@ def test_a_report_trains_nothing_and_repeats_to_the_byte(fake_place, monkeypatch
     out = fake_place.out
     other = stats.replace(fake_place, out=out / "other", common=fake_place.common | {"epochs": 4})
     fake_study(other, "dropout", [0])
+    same = stats.replace(fake_place, out=out / "same")
+    fake_study(same, "rank", [0])
+    fake_study(same, "bottleneck", [0])
     for place in (fake_place, other):
         for fold in range(3):  # a complete search
             for power in range(-4, 5):
@@ -2755,6 +2758,8 @@ def test_a_report_trains_nothing_and_repeats_to_the_byte(fake_place, monkeypatch
     assert "## other: Learning rates\n" in text and "(other/rates.png)" in text
     assert "## other: dropout\n" in text and "| other: encoder dropout of 0.1" in text and "(other/dropout.png)" in text
     assert f"--folds 1 --epochs 4 --out {out.as_posix()}/other`" in text
+    assert "## same: rank\n" in text and "| same: the size of the adapters" in text
+    assert "| same: a rank of 1" not in text  # on the same data, the runs in `out` decide
     for command in re.findall(r"`(python compare.py [^`]+)`", text):
         compare.parse(shlex.split(command)[2:])  # every printed command is accepted
 
@@ -2807,7 +2812,7 @@ def finished(tiny, reviews, tmp_path_factory):
 
 
 def test_the_accuracy_without_a_span_of_adapters_is_that_of_a_copy_with_those_adapters_at_zero(finished):
-    found = analysis.layer_spans(finished / "adapter")
+    found = analysis.compare_spans([analysis.layer_spans(finished / "adapter")])
     model, record, weights = open_run(finished / "adapter")
     corpus, _, test = analysis.read_data(record, weights)
     assert found["complete"] == pytest.approx(100 * record["metrics"]["test_accuracy"])
@@ -2905,12 +2910,36 @@ def test_latency_times_every_variant_in_every_round(tiny):
     assert row["measured"].count("%") == 8 and row["verdict"].count(":") == 9
 
 
-def test_the_nearest_run_to_the_defaults_is_analysed(finished, tmp_path):
+def test_spans_are_averaged_over_runs_and_compared_in_pairs():
+    whole, first, second, both = (0, -1), (0, 0), (1, 1), (0, 1)
+    runs = [{whole: np.array([100.0, 100.0]), first: np.array([100.0, 0.0]), second: np.array([100.0, 100.0]),
+             both: np.array([0.0, 0.0])},
+            {whole: np.array([100.0, 0.0]), first: np.array([0.0, 0.0]), second: np.array([100.0, 0.0]),
+             both: np.array([0.0, 0.0])}]
+    found = analysis.compare_spans(runs)
+    assert found["complete"] == 75 and found["worst"] == 0 and found["runs"] == 2
+    assert found["matrix"] == [[25, 0], [None, 75]]
+    assert {name: row["mean"] for name, row in found["differences"].items()} == {
+        "worst single layer": -50, "all layers": -75, "lower half instead of upper half": -50}
+    expected = stats.paired([-100, -50], comparisons=4)  # over the runs: two layers, and two more comparisons
+    assert found["differences"]["all layers"] == vars(expected)
+
+
+def test_all_folds_of_the_setting_nearest_to_the_defaults_are_analysed(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "runs")
-    other = shutil.copytree(folder / "lora", folder / "a-lora")
-    record = (other / "run.json").read_text()
-    (other / "run.json").write_text(record.replace('"rank": 8', '"rank": 4'))
-    assert analysis.find_runs(folder) == {name: str(folder / name) for name in ("adapter", "lora", "full")}
+
+    def add(name, old, new):
+        shutil.copytree(folder / "lora", folder / name)
+        record = (folder / name / "run.json").read_text()
+        assert old in record
+        (folder / name / "run.json").write_text(record.replace(old, new))
+
+    add("a-rank-4", '"rank": 8', '"rank": 4')
+    add("b-seed-1", '"seed": 0', '"seed": 1')
+    found = analysis.find_runs(folder)
+    (fold, _), = found["full"]
+    assert found == {"adapter": {(fold, 0): str(folder / "adapter")}, "full": {(fold, 0): str(folder / "full")},
+                     "lora": {(fold, 0): str(folder / "lora"), (fold, 1): str(folder / "b-seed-1")}}
 
 
 def test_the_analysis_writes_claims_and_figures_and_keeps_the_latency_of_before(finished, tiny, tmp_path):
@@ -2922,7 +2951,7 @@ def test_the_analysis_writes_claims_and_figures_and_keeps_the_latency_of_before(
     for row in content["claims"][1:]:
         assert set(row) == {"claim", "source", "measured", "verdict", "figure", "command"}
         assert row["figure"] is None or (tmp_path / row["figure"]).stat().st_size > 5000
-    assert content["memory"]["lora"]["run"]["step_milliseconds"] > 0
+    assert len(content["memory"]["lora"]["steps"]["milliseconds"]) == 1
 
 
 # -- the walkthroughs -------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from .files import UserError, read_json, write_json
 from .head import pool
 from .lora import merge_lora
 from .memory import SENTENCES, TOKENS, make_model, memory
-from .model import predict, processor
+from .model import Compute, predict, processor, progress_bar
 
 
 def read_data(record, weights):
@@ -35,37 +35,45 @@ def read_data(record, weights):
 
 # -- which layers matter ----------------------------------------------------------------------------------
 
-def layer_spans(folder, weights=None):
-    """Test accuracy of an adapter run without the adapters of layers first..last (Houlsby et al. 2019, figure 6, left).
+WHOLE = (0, -1)  # no layer is without its adapters
 
-    Returns complete (per cent), matrix[first][last] (per cent, None where first > last), and paired differences in
-    points over the sentences of this run. Norms keep their trained values.
+
+def layer_spans(folder, weights=None):
+    """Classify the test sentences of an adapter run without the adapters of layers first..last (Houlsby et al. 2019,
+    figure 6, left). Norms keep their trained values.
+
+    Returns {(first, last): (sentences,)}, 100 for a correct prediction and 0 for a wrong one; WHOLE: all adapters.
     """
     model, record, weights = checkpoint.open_run(folder, weights)
     if not any(isinstance(module, AdapterLinear) for module in model.modules()):
         raise UserError(f"{folder} is not a run with adapters: choose a folder that train.py adapter wrote")
     corpus, _, test = read_data(record, weights)
-    sentences, layers = corpus.sentences(test), len(model.encoder.layers)
-
-    def correct(first, last):  # (sentences,), 100 for a correct prediction
+    sentences, layers, correct = corpus.sentences(test), len(model.encoder.layers), {}
+    compute = Compute(precision=record["machine"]["precision"])  # as when the run was tested
+    for first, last in [WHOLE, *((first, last) for last in range(layers) for first in range(last + 1))]:
         bare = copy.deepcopy(model)
         for module in bare.encoder.layers[first:last + 1].modules():
             if isinstance(module, AdapterLinear):
                 module.adapter = nn.Identity()
-        return 100.0 * (predict(bare, sentences).argmax(1) == corpus.labels[test])
+        correct[first, last] = 100.0 * (predict(bare, sentences, compute).argmax(1) == corpus.labels[test])
+    return correct
 
-    complete, without, matrix = correct(0, -1), {}, [[None] * layers for _ in range(layers)]
-    for first in range(layers):
-        for last in range(first, layers):
-            without[first, last] = correct(first, last)
-            matrix[first][last] = float(without[first, last].mean())
-    worst, half = min(range(layers), key=lambda layer: matrix[layer][layer]), layers // 2
-    pairs = {"worst single layer": without[worst, worst] - complete,
-             "all layers": without[0, layers - 1] - complete,
-             "lower half instead of upper half": without[0, half - 1] - without[half, layers - 1]}
-    differences = {name: vars(stats.paired_sentences(pair, comparisons=layers + 2)) for name, pair in pairs.items()}
-    return {"complete": float(complete.mean()), "matrix": matrix, "sentences": len(test), "worst": worst,
-            "differences": differences}
+
+def compare_spans(runs, same_sentences=False):
+    """Average what layer_spans returns over runs, and compare some of the spans.
+
+    Returns complete (per cent), matrix[first][last] (per cent, None where first > last), the worst single layer, and
+    paired differences in points, as in stats.compare.
+    """
+    means = {span: float(np.mean([run[span].mean() for run in runs])) for span in runs[0]}
+    layers = 1 + max(last for _, last in means)
+    worst, half = min(range(layers), key=lambda layer: means[layer, layer]), layers // 2
+    pairs = {"worst single layer": ((worst, worst), WHOLE), "all layers": ((0, layers - 1), WHOLE),
+             "lower half instead of upper half": ((0, half - 1), (half, layers - 1))}
+    differences = {name: vars(stats.compare([run[a] - run[b] for run in runs], same_sentences, comparisons=layers + 2))
+                   for name, (a, b) in pairs.items()}
+    matrix = [[means.get((first, last)) for last in range(layers)] for first in range(layers)]
+    return {"complete": means[WHOLE], "matrix": matrix, "runs": len(runs), "worst": worst, "differences": differences}
 
 
 # -- the spectrum of the update ---------------------------------------------------------------------------
@@ -164,70 +172,80 @@ def span(row, unit="points", digits=1):
     return " ".join(filter(None, (mean, unit, f"[{low}, {high}]")))
 
 
+def each(runs):
+    return "one run each" if runs == 1 else f"{runs} runs each"
+
+
 def claim_layers(found):
+    """found: result of compare_spans"""
     rows = found["differences"]
     single, everything, halves = (span(row) for row in rows.values())
     lower = rows["lower half instead of upper half"]["verdict"]  # "worse": they matter more
     lower = {"better": "confirmed", "worse": "contradicted"}.get(lower.split(",")[0], lower)
+    runs = "one run" if found["runs"] == 1 else f"{found['runs']} runs"
     return {"claim": "adapters: no single layer matters much, all together do, lower layers less than upper ones",
             "source": "Houlsby et al. 2019, section 3.6, figure 6 (left)",
-            "measured": f"one run, {found['sentences']:,} test sentences, {found['complete']:.1f} % with all adapters. "
-                        f"Removed: the worst single layer ({found['worst'] + 1}) {single}; all {everything}; the lower "
-                        f"half instead of the upper half {halves}",
-            "verdict": f"one run. Removing the worst single layer: {rows['worst single layer']['verdict']}; removing "
+            "measured": f"{runs}, {found['complete']:.1f} % with all adapters. Removed: the worst single layer "
+                        f"({found['worst'] + 1}) {single}; all {everything}; the lower half instead of the upper half "
+                        f"{halves}",
+            "verdict": f"{runs}. Removing the worst single layer: {rows['worst single layer']['verdict']}; removing "
                        f"all: {rows['all layers']['verdict']}; lower layers matter less than upper ones: {lower}",
             "figure": "layers.png"}
 
 
-def mean_energy(found):
-    """The share of the energy that each singular value holds, largest first, as a mean over all matrices."""
-    squares = np.square([row["values"] for row in found.values()])
+def mean_energy(runs):
+    """The share of the energy that each singular value holds, largest first, as a mean over matrices and runs."""
+    squares = np.square([row["values"] for run in runs for row in run.values()])
     return (squares / squares.sum(1, keepdims=True)).mean(0)
 
 
 def claim_spectrum(found):
-    """found: {technique: result of update_spectrum}, with full and lora. All matrices have the same full rank."""
+    """found: {technique: [result of update_spectrum for each run]}, with full and lora. All matrices have the same full
+    rank."""
     full, lora = mean_energy(found["full"]), mean_energy(found["lora"])
     needed, rank = (rank_of_energy(np.sqrt(energy)) for energy in (full, lora))
-    most, matrices = int((lora > 1e-12).sum()), {name: len(rows) for name, rows in found.items()}
-    new = {name: sum(row["intruders"] for row in rows.values()) for name, rows in found.items()}
+    most, runs = int((lora > 1e-12).sum()), each(len(found["full"]))
+    matrices = {name: sum(map(len, rows)) for name, rows in found.items()}
+    new = {name: sum(row["intruders"] for run in rows for row in run.values()) for name, rows in found.items()}
     return {"claim": "the update of full fine-tuning is low-rank; LoRA has intruder dimensions, full has none",
             "source": "Hu et al. 2021, section 4.1 (hypothesis); Biderman et al. 2024, arXiv 2405.09673 (the "
                       "opposite); Shuttleworth et al. 2024, arXiv 2410.21228 (intruders)",
-            "measured": f"one run each, mean over the trained matrices ({matrices['full']} full, {matrices['lora']} "
+            "measured": f"{runs}, mean over all trained matrices ({matrices['full']} full, {matrices['lora']} "
                         f"LoRA). 90 % of the update's energy needs rank {needed} of {len(full)} (full) and {rank} of "
                         f"{most} (LoRA); the first {most} ranks hold {full[:most].sum():.0%} of full fine-tuning's. "
                         f"Intruder dimensions among the top 10 of each matrix: {new['full']} of "
-                        f"{10 * matrices['full']} (full), {new['lora']} of {10 * matrices['lora']} (LoRA)",
-            "verdict": f"one run each. {'Low-rank' if needed <= 0.1 * len(full) else 'Not low-rank'}, if that means at "
+                        f"{10 * matrices['full']:,} (full), {new['lora']} of {10 * matrices['lora']:,} (LoRA)",
+            "verdict": f"{runs}. {'Low-rank' if needed <= 0.1 * len(full) else 'Not low-rank'}, if that means at "
                        f"most 10 % of the ranks (it needs {needed / len(full):.0%}). Intruder dimensions: "
                        f"{new['lora']} with LoRA, {new['full']} with full fine-tuning",
             "figure": "spectrum.png"}
 
 
 def claim_forgetting(found):
-    """found: {technique: result of similarity_kept}, with full and lora."""
-    pair = vars(stats.paired(np.subtract(found["lora"]["groups"], found["full"]["groups"]), overlap=0, margin=None))
-    each = "; ".join(f"{name} {row['correlation']:.3f}" for name, row in found.items())
+    """found: {technique: [result of similarity_kept for each run]}, with full and lora on the same folds."""
+    pairs = [np.subtract(lora["groups"], full["groups"]) for lora, full in zip(found["lora"], found["full"])]
+    pair, runs = vars(stats.paired_sentences(pairs, margin=None)), each(len(pairs))
+    means = "; ".join(f"{name} {np.mean([run['correlation'] for run in rows]):.3f}" for name, rows in found.items())
     return {"claim": "LoRA forgets less than full fine-tuning", "source": "Biderman et al. 2024, arXiv 2405.09673",
-            "measured": f"one run each. Rank correlation of sentence similarities with the untouched model (1), "
-                        f"{found['full']['sentences']} dev sentences: {each}. LoRA - full in {pair['runs']} groups of "
-                        f"sentences: {span(pair, '', 3)}",
-            "verdict": f"one run each. LoRA against full fine-tuning: {pair['verdict']}", "figure": None}
+            "measured": f"{runs}. Rank correlation of sentence similarities with the untouched model (1), "
+                        f"{found['full'][0]['sentences']} dev sentences: {means}. LoRA - full in {len(pairs[0])} "
+                        f"groups of sentences: {span(pair, '', 3)}",
+            "verdict": f"{runs}. LoRA against full fine-tuning: {pair['verdict']}", "figure": None}
 
 
 def claim_memory(found):
-    """found: {technique: result of memory}, with full and lora; "run": the machine and step time of a run."""
+    """found: {technique: result of memory}, with full and lora; "steps": the machine and step time of runs."""
     full, lora = (found[name]["measured"] for name in ("full", "lora"))
 
     def saved(*parts):
         return f"{1 - sum(lora[part] for part in parts) / sum(full[part] for part in parts):.0%}"
 
     states = ("weights", "gradients", "optimiser_states")
-    seconds, runs = "step time: no runs on one machine", [found[name].get("run") for name in ("full", "lora")]
-    if all(runs) and runs[0]["machine"] == runs[1]["machine"]:
-        one, other = (run["step_milliseconds"] for run in runs)
-        seconds = f"step time {one:.0f} ms (full), {other:.0f} ms (LoRA), {1 - other / one:.0%} less, one run each"
+    seconds, steps = "step time: no runs on one machine", [found[name].get("steps") for name in ("full", "lora")]
+    if all(steps) and steps[0]["machine"] == steps[1]["machine"]:
+        one, other = (np.mean(row["milliseconds"]) for row in steps)
+        runs = each(min(len(row["milliseconds"]) for row in steps))
+        seconds = f"step time {one:.0f} ms (full), {other:.0f} ms (LoRA), {1 - other / one:.0%} less, {runs}"
     without, together = saved(*states), saved(*states, "activations")
     return {"claim": "LoRA needs up to two thirds less memory than full fine-tuning with Adam, and is 25 % faster",
             "source": "Hu et al. 2021, section 4.2",
@@ -258,41 +276,59 @@ def claim_latency(found, processor):
 
 
 def find_runs(folder):
-    """One finished run a technique, {technique: folder}: that with the fewest settings that are not the defaults."""
-    runs = []
-    for path in Path(folder).glob("*/run.json"):
+    """The finished runs of each technique that differ in fold and seed alone: {technique: {(fold, seed): folder}}.
+
+    Of several such groups, take the one with the fewest settings that are not the defaults.
+    """
+    groups = {}
+    for path in sorted(Path(folder).glob("*/run.json")):
         record = checkpoint.read_record(path)
-        technique = record["settings"]["technique"]
-        default = options.defaults(technique)
-        changed = sum(value != default[name] for name, value in record["settings"].items())
         if "failed" not in record:
-            runs.append((changed, str(path.parent), technique))
-    found = {technique: path for _, path, technique in sorted(runs, reverse=True)}  # the nearest comes last
-    return {technique: found[technique] for technique in options.TECHNIQUES if technique in found}
+            rest = dict(record["settings"])
+            technique, repeat = rest["technique"], (rest.pop("fold", None), rest.pop("seed"))
+            default = options.defaults(technique)
+            key = sum(value != default[name] for name, value in rest.items()), repr(rest)
+            groups.setdefault(technique, {}).setdefault(key, {})[repeat] = str(path.parent)
+    return {technique: groups[technique][min(groups[technique])] for technique in options.TECHNIQUES
+            if technique in groups}
+
+
+def step_times(folders):
+    """The machine of the first of these runs, and the milliseconds a step of all that ran on it."""
+    records = [checkpoint.read_record(Path(folder) / checkpoint.RECORD) for folder in folders]
+    machine = records[0]["machine"]
+    return {"machine": machine, "milliseconds": [record["metrics"]["step_milliseconds"] for record in records
+                                                 if record["machine"] == machine]}
 
 
 def analyse(out, runs=None, weights=None):
     """Measure everything but inference, as far as there are runs for it, and draw the figures. {name: section}"""
-    weights, folders, sections = download.find_weights(weights), find_runs(runs) if runs else {}, {}
-    if runs and not folders:
+    weights, found_runs, sections = download.find_weights(weights), find_runs(runs) if runs else {}, {}
+    if runs and not found_runs:
         raise UserError(f"--runs {runs} holds no finished run; compare.py writes its runs to OUT/folders")
-    if "adapter" in folders:
-        found = layer_spans(folders["adapter"], weights)
+    if "adapter" in found_runs:
+        folders = found_runs["adapter"].values()
+        record = checkpoint.read_record(Path(next(iter(folders))) / checkpoint.RECORD)
+        spans = [layer_spans(folder, weights) for folder in progress_bar(iterable=folders, desc="layers", unit=" runs")]
+        found = compare_spans(spans, "test" in record["settings"])
         plots.heat_map(found["matrix"], found["complete"], out / "layers.png")
         sections["layers"] = found | {"row": claim_layers(found)}
-    if {"full", "lora"} <= folders.keys():
-        found = {name: update_spectrum(folders[name], weights) for name in ("full", "lora")}
+    both = [repeat for repeat in found_runs.get("full", {}) if repeat in found_runs.get("lora", {})]
+    if both:
+        found = {name: [update_spectrum(found_runs[name][repeat], weights)
+                        for repeat in progress_bar(iterable=both, desc=f"spectrum, {name}", unit=" runs")]
+                 for name in ("full", "lora")}
         row = claim_spectrum(found)
-        plots.spectra({name: [layer.pop("values") for layer in layers.values()] for name, layers in found.items()},
-                      out / "spectrum.png")
+        plots.spectra({name: [layer.pop("values") for run in rows for layer in run.values()]
+                       for name, rows in found.items()}, out / "spectrum.png")
         sections["spectrum"] = found | {"row": row}
-        found = {name: similarity_kept(folder, weights) for name, folder in folders.items()}
+        found = {name: [similarity_kept(folders[repeat], weights) for repeat in both if repeat in folders]
+                 for name, folders in found_runs.items()}
+        found = {name: rows for name, rows in found.items() if rows}
         sections["forgetting"] = found | {"row": claim_forgetting(found)}
     found, bars = {name: memory(name, weights) for name in options.TECHNIQUES}, {}
-    for name, folder in folders.items():
-        record = checkpoint.read_record(Path(folder) / checkpoint.RECORD)
-        found[name]["run"] = {"command": record["command"], "machine": record["machine"],
-                              "step_milliseconds": record["metrics"]["step_milliseconds"]}
+    for name, folders in found_runs.items():
+        found[name]["steps"] = step_times(folders.values())
     for name, row in found.items():
         parts = {part: size / 1e6 for part, size in row["formula"].items()}
         bars[name] = plots.Memory(**parts, measured=sum(row["measured"][part] for part in parts) / 1e6)

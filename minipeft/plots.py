@@ -181,6 +181,17 @@ def memory(rows, path):
     return finish(figure, path)
 
 
+def scale_of_best(series, better, least):
+    """Return (low, high) that shows the best point of each series, with more room on the worse side.
+
+    better: max or min; least: the room is at least this share of the best value.
+    """
+    best = [better(point.y for point in points) for points in series.values()]
+    room = max(max(best) - min(best), least * max(best))
+    below, above = (0.5, 0.15) if better is max else (0.15, 0.5)
+    return min(best) - below * room, max(best) + above * room
+
+
 @rc_context(STYLE)
 def rates(accuracy, loss, chosen_by_accuracy, chosen_by_loss, path):
     """Dev accuracy and dev loss against the learning rate. accuracy, loss: series; chosen: {name: rate}, ringed.
@@ -188,14 +199,10 @@ def rates(accuracy, loss, chosen_by_accuracy, chosen_by_loss, path):
     The scale is that of the best rates; a triangle at the edge marks a rate whose value lies beyond it.
     """
     figure, axes = figure_in_style(2, 1, (9, 8), sharex=True)
-    # least: of the room, as a share of the best value; below and above: more of it on the worse side
-    panels = ((accuracy, chosen_by_accuracy, "dev accuracy (%)", max, 0.05, 0.5, 0.15),
-              (loss, chosen_by_loss, "dev loss (nats)", min, 0.2, 0.15, 0.5))
-    for axis, (series, chosen, label, best_of, least, below, above) in zip(axes[:, 0], panels):
+    panels = ((accuracy, chosen_by_accuracy, "dev accuracy (%)", scale_of_best(accuracy, max, 0.05)),
+              (loss, chosen_by_loss, "dev loss (nats)", scale_of_best(loss, min, 0.2)))
+    for axis, (series, chosen, label, (low, high)) in zip(axes[:, 0], panels):
         draw(axis, series)
-        best = [best_of(point.y for point in points) for points in series.values()]
-        room = max(max(best) - min(best), least * max(best))
-        low, high = min(best) - below * room, max(best) + above * room
         axis.set(xscale="log", ylabel=label, ylim=(low, high))
         for name, points in series.items():
             style = dict(color=look(name, series)[1], clip_on=False)

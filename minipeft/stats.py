@@ -117,6 +117,16 @@ def paired_sentences(differences, **rule):
     return judge(float(differences.mean()), math.sqrt(variance), df, runs, **rule)
 
 
+def compare(scores, same_sentences=False, **rule):
+    """Compare runs. scores: for each run the paired differences of the sentences it was tested on.
+
+    Over folds; over sentences if there is one run, or if all runs have the same sentences (seeds, dev).
+    """
+    if same_sentences or len(scores) == 1:
+        return paired_sentences(scores, **rule)
+    return paired([run.mean() for run in scores], **rule)
+
+
 def log_probabilities(logits):
     """Log softmax, (n, classes) -> (n, classes)."""
     logits = np.asarray(logits, dtype=float)
