@@ -2310,6 +2310,8 @@ def test_one_run_is_compared_over_its_sentences_and_a_copy_of_it_adds_nothing():
     assert (found.low, found.high) == pytest.approx((2 - half, 2 + half), abs=0.005)
     seeds = stats.paired_sentences([[1.0] * 5, [2.0] * 5, [3.0] * 5])  # only seeds vary: Student's t over them
     assert seeds.high == pytest.approx(2 + 4.3027 * math.sqrt(1 / 3), abs=1e-4)
+    folds = stats.paired_sentences([[1.0] * 5, [2.0] * 5, [3.0] * 5], stats.OVERLAP)
+    assert folds.high == pytest.approx(2 + 4.3027 * math.sqrt(1 / 3 + 1 / 9), abs=1e-4)
     three = stats.paired_sentences([right, right, right])
     assert (three.low, three.high, three.runs) == (pytest.approx(found.low), pytest.approx(found.high), 3)
 
@@ -2675,8 +2677,10 @@ LOWER_LOSS = comparison(-1, 0.5, margin=None, lower_is_better=True)
 
 
 @pytest.mark.parametrize("expected, accuracy, loss, words", [
-    ("equivalent", comparison(0.1, 0.5), comparison(1, 2), "confirmed"),
-    ("equivalent", comparison(-0.6, 0.3), comparison(1, 2), "confirmed"),  # worse, but equivalent within 1 point
+    ("equivalent", comparison(0.1, 0.5), comparison(1, 2), "confirmed (within 1 point)"),
+    ("equivalent", comparison(-0.6, 0.3), comparison(1, 2), "confirmed (within 1 point)"),  # though worse
+    ("equivalent", comparison(-0.9, 0.5), comparison(1, 2), "inconclusive (worse, perhaps by less than 1 point)"),
+    ("equivalent", comparison(0.9, 0.5), comparison(1, 2), "inconclusive (better, perhaps by less than 1 point)"),
     ("equivalent", comparison(-3, 1), comparison(1, 2), "contradicted (worse)"),
     ("equivalent", comparison(0.5, 2, needed=14), comparison(-1, 0.5), "inconclusive (14 folds needed)"),
     ("better", comparison(3, 1), comparison(1, 2), "confirmed"),
@@ -2684,7 +2688,7 @@ LOWER_LOSS = comparison(-1, 0.5, margin=None, lower_is_better=True)
     ("better", comparison(0.5, 2, needed=20), comparison(1, 2), "inconclusive (20 folds needed)"),
     ("better", comparison(0.5, 2), LOWER_LOSS, "confirmed by calibrated loss"),
     ("worse", comparison(0.5, 2), LOWER_LOSS, "contradicted by calibrated loss (better)"),
-    ("better", comparison(0.1, 0.5), comparison(0, 2, margin=None), "contradicted (equivalent within 1 point)"),
+    ("better", comparison(0.1, 0.5), comparison(0, 2, margin=None), "not confirmed (equivalent within 1 point)"),
     ("better", comparison(3, 1, runs=1), comparison(1, 2), "confirmed, one run")])
 def test_a_verdict_follows_from_the_intervals_and_the_claim(expected, accuracy, loss, words):
     contrast = Contrast("a", "b", expected)
@@ -2739,6 +2743,10 @@ def test_a_report_trains_nothing_and_repeats_to_the_byte(fake_place, monkeypatch
     same = stats.replace(fake_place, out=out / "same")
     fake_study(same, "rank", [0])
     fake_study(same, "bottleneck", [0])
+    monkeypatch.setitem(FINGERPRINTS, "weights_sha256", {"model.safetensors": "other"})
+    fake_study(stats.replace(fake_place, out=out / "weights", **FINGERPRINTS), "rank", [0])
+    monkeypatch.undo()
+    monkeypatch.setattr(runs, "start", lambda *arguments: pytest.fail("a report must not train"))
     for place in (fake_place, other):
         for fold in range(3):  # a complete search
             for power in range(-4, 5):
@@ -2759,7 +2767,7 @@ def test_a_report_trains_nothing_and_repeats_to_the_byte(fake_place, monkeypatch
     assert "## other: dropout\n" in text and "| other: encoder dropout of 0.1" in text and "(other/dropout.png)" in text
     assert f"--folds 1 --epochs 4 --out {out.as_posix()}/other`" in text
     assert "## same: rank\n" in text and "| same: the size of the adapters" in text
-    assert "| same: a rank of 1" not in text  # on the same data, the runs in `out` decide
+    assert "| same: a rank of 1" not in text and "| weights: a rank of 1" in text  # with equal data and weights
     for command in re.findall(r"`(python compare.py [^`]+)`", text):
         compare.parse(shlex.split(command)[2:])  # every printed command is accepted
 
@@ -3078,15 +3086,17 @@ def test_the_results_in_the_readme_are_those_of_the_records():
     lora, adapter = (round(100 * seconds[name] / seconds["full"]) for name in ("lora", "adapter"))
     assert f"need {lora} % and {adapter} % of its training time" in shown
     assert f"each of {sum(run.scores.shape[1] for run in result.outcomes['full'].values()):,} sentences" in shown
-    for study, verdicts in (("bottleneck", ["confirmed", "confirmed"]), ("rank", ["inconclusive", "confirmed"]),
-                            ("init", ["inconclusive", "confirmed"])):
+    for study in ("rank", "bottleneck", "init"):
         result = compare.collect(place, study, range(10))
-        for contrast, verdict in zip(result.study.contrasts, verdicts):
-            found = compare.measure(result, contrast)
-            assert f"{found.accuracy.mean:+.2f}".replace("-", "−") in shown, contrast
-            assert (compare.verdict_on_claim(found) if contrast.expected else found.accuracy.verdict) == verdict
-    excluded = compare.collect(place, "doubling", range(10)).outcomes["adapter lr 0.002"]
-    assert f"adapters reach {compare.mean_std(excluded.values(), 'accuracy')[0]:.2f}" in shown and len(excluded) == 10
+        found = [compare.measure(result, contrast) for contrast in result.study.contrasts]
+        differences = "; ".join(f"{one.accuracy.mean:+.2f}".replace("-", "−") for one in found)
+        verdicts = dict.fromkeys(compare.verdict_on_claim(one) if one.contrast.expected else one.accuracy.verdict
+                                 for one in found)
+        assert f"| {differences} | {'; '.join(verdicts)} |" in shown, study
+    high = compare.collect(place, "doubling", range(10)).outcomes
+    adapter, lora = (high[f"{name} lr 0.002"].values() for name in ("adapter", "lora"))
+    assert len(adapter) == len(lora) == 10 and "adapters reach {:.2f} and LoRA {:.2f}".format(
+        *(compare.mean_std(runs, "accuracy")[0] for runs in (adapter, lora))) in shown
     analysis, (rank,) = (ROOT / "results/analysis.json").read_text(), re.findall(r"rank (\d+ of \d+)", README)
     assert f"90 % of the update's energy needs rank {rank} (full)" in analysis
     slower = re.search(r"batch 1: .*?; adapters \+([\d.]+) %", analysis)[1]
@@ -3094,17 +3104,17 @@ def test_the_results_in_the_readme_are_those_of_the_records():
 
 
 def test_what_is_said_about_the_accuracy_of_bf16_is_true_of_the_records():
-    in_fp32, *in_bf16 = (ROOT.glob(f"results/{folder}/*.json") for folder in ("fp32/runs", "search/runs", "runs"))
-    twins = {path.name: path for paths in in_bf16 for path in paths}
-    pairs = [(path, twins[path.name]) for path in in_fp32 if path.name in twins]
-    metrics = [[read_json(path)["metrics"] for path in pair] for pair in pairs]
-    differences = np.array([[bf16[name] - fp32[name] for name in ("test_accuracy", "test_loss")]
-                            for fp32, bf16 in metrics])
-    high = np.array([path.name.startswith("lora-lr-0.002-") for path, _ in pairs])
+    in_fp32 = {path.name: read_json(path)["metrics"] for path in ROOT.glob("results/fp32/runs/*.json")}
+    twins = [path for folder in ("runs", "search/runs") for path in (ROOT / "results" / folder).glob("*.json")
+             if path.name in in_fp32]
+    differences = np.array([[read_json(path)["metrics"][name] - in_fp32[path.name][name]
+                             for name in ("test_accuracy", "test_loss")] for path in twins])
+    high = np.array([path.name.startswith("lora-lr-0.002-") for path in twins])
     said = between((ROOT / "benchmarks/README.md").read_text(), "bf16")
-    assert f"{len(pairs)} runs were trained twice" in said and high.sum() == 3
-    assert f"by {100 * differences[:, 0].mean():+.2f} points on average" in said
-    for group, words in ((~high, "{} of them differ by at most {:.2f} points, and by at most {:.4f}"),
+    assert f"form {len(twins)} pairs" in said and high.sum() == 3
+    assert f"({100 * differences[~high, 0].mean():+.2f} on average, bf16 - fp32)" in said
+    for group, words in ((~high, "{} of them differ by at most {:.2f} points of test accuracy"),
+                         (~high, "and by at most {2:.4f} in test loss"),
                          (high, "differ by up to {1:.2f} points and {2:.4f}")):
         accuracy, loss = np.abs(differences[group]).max(0)
         assert words.format(group.sum(), 100 * accuracy, loss) in said

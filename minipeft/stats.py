@@ -98,33 +98,35 @@ def paired(differences, overlap=OVERLAP, **rule):
     return replace(found, needed=next(enough, None))
 
 
-def paired_sentences(differences, **rule):
+def paired_sentences(differences, overlap=0.0, **rule):
     """Compare over the sentences of one test set. differences: (k runs, n sentences), in points.
 
-        standard error^2 = var(mean of each sentence) / n + var(mean of each run) / k    (one run: the first term)
+        standard error^2 = var(mean of each sentence) / n + var(mean of each run) (1 / k + overlap)
 
-    One run: n - 1 degrees of freedom, a nearly normal interval; it holds for this run only. Several runs differ by seed
-    alone, so the correction for folds does not apply: the interval covers new sentences and new seeds. It counts their
-    interaction twice, so it is slightly wide. Degrees of freedom: Satterthwaite 1946.
+    One run: the first term and n - 1 degrees of freedom, a nearly normal interval; it holds for this run only. overlap:
+    0 for runs that differ by seed alone, OVERLAP for folds, as in `paired`. The interval covers new sentences and new
+    runs. It counts their interaction twice, so it is slightly wide. Degrees of freedom: Satterthwaite 1946.
     """
     differences = np.atleast_2d(np.asarray(differences, dtype=float))
     runs, sentences = differences.shape
     parts = [(differences.mean(0).var(ddof=1) / sentences, sentences - 1)]
     if runs > 1:
-        parts.append((differences.mean(1).var(ddof=1) / runs, runs - 1))
+        parts.append((differences.mean(1).var(ddof=1) * (1 / runs + overlap), runs - 1))
     variance = sum(part for part, _ in parts)
     df = int(variance ** 2 / sum(part ** 2 / df for part, df in parts) + 1e-9) if variance else 1
     return judge(float(differences.mean()), math.sqrt(variance), df, runs, **rule)
 
 
-def compare(scores, same_sentences=False, **rule):
-    """Compare runs. scores: for each run the paired differences of the sentences it was tested on.
+def compare(scores, part="test", seeds=False, **rule):
+    """Compare runs. scores: for each run the paired differences of the sentences of a part, "test" or "dev".
 
-    Over folds; over sentences if there is one run, or if all runs have the same sentences (seeds, dev).
+    seeds: the runs differ in their seed, not in their fold. Then, and on dev, and if there is only one run, the
+    interval is over sentences and runs; else it is over the folds.
     """
-    if same_sentences or len(scores) == 1:
-        return paired_sentences(scores, **rule)
-    return paired([run.mean() for run in scores], **rule)
+    overlap = 0 if seeds else OVERLAP
+    if seeds or part == "dev" or len(scores) == 1:
+        return paired_sentences(scores, overlap, **rule)
+    return paired([run.mean() for run in scores], overlap, **rule)
 
 
 def log_probabilities(logits):
