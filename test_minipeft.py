@@ -42,7 +42,7 @@ import train
 from benchmarks import parity
 from minipeft import (
     __main__ as command_line, adapter, analysis, bert, checkpoint, data, download, explain, fast, figures, files, head,
-    interop, lora, memory, model as models, plots, rates, runs, settings as options, stats, studies)
+    interop, lora, machine, memory, model as models, plots, rates, runs, settings as options, stats, studies)
 from minipeft.adapter import (
     Adapter, AdapterLinear, TrainedNorm, adapter_state, add_adapters, load_adapters, remove_adapters)
 from minipeft.bert import Bert, BertConfig, Block, hugging_face_name, load_bert, read_config, save_bert
@@ -50,9 +50,11 @@ from minipeft.checkpoint import open_run
 from minipeft.files import UserError, read_json, write_json
 from minipeft.head import Classifier, freeze, pool, train_biases
 from minipeft.lora import LoRALinear, add_lora, load_lora, lora_state, merge_lora, remove_lora
-from minipeft.model import APPLY, Compute, build, describe, predict
+from minipeft.machine import Compute
+from minipeft.model import APPLY, build, describe, predict
 from minipeft.plots import Cost, Memory, Point
 from minipeft.studies import Contrast, SEARCHES, STUDIES, Variant
+from minipeft.tensors import read_safetensors
 
 ROOT = Path(__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"  # for child processes; more threads are slower on tiny models
@@ -316,6 +318,10 @@ def test_a_saved_encoder_has_hugging_face_s_names_and_loads_to_the_same_bits(tin
     save_bert(encoder, tmp_path / "copy")
     assert load_file(tmp_path / "copy" / "model.safetensors").keys() == load_file(tiny / "model.safetensors").keys()
     assert same_bits(bits(load_bert(tmp_path / "copy")), bits(encoder))
+    add_lora(encoder)
+    with pytest.raises(ValueError, match="call merge_lora or remove_adapters first"):
+        save_bert(encoder, tmp_path / "wrapped")
+    assert not (tmp_path / "wrapped").exists()
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_with_the_whole_list(tiny, tmp_path):
@@ -457,6 +463,17 @@ def test_wrong_use_is_refused_with_the_reason_and_changes_nothing(tiny, apply, e
     with pytest.raises(ValueError, match="already"):
         apply(encoder)
     assert same_bits(bits(encoder), once)
+
+
+def test_a_lone_layer_is_not_merged_and_an_adapter_of_zeros_not_made():
+    wrapped = random_updates(LoRALinear(nn.Linear(4, 4), 2))
+    before = bits(wrapped)
+    with pytest.raises(ValueError, match="itself a LoRALinear"):
+        merge_lora(wrapped)
+    assert same_bits(bits(wrapped), before)
+    assert merge_lora(nn.Sequential(wrapped)) == ["0"]
+    with pytest.raises(ValueError, match="init_std must be positive"):
+        Adapter(4, 2, init_std=0)
 
 
 def test_what_has_nothing_to_train_is_refused():
@@ -1142,11 +1159,21 @@ def test_only_the_top_layers(make_settings, tiny):
 def test_the_description_multiplies_up_to_the_count(make_settings, tiny):
     for technique in options.TECHNIQUES:
         model = build(make_settings(technique), 2, tiny)
-        lines = models.describe(model)[1:]
+        header, *lines = models.describe(model)
+        columns = {line[header.index("shape") - 2:header.index("shape") + 1] for line in lines}
+        assert all(gap.startswith("  ") and gap.strip() for gap in columns)  # under their headings
         total = sum(int(line.split()[-1].replace(",", "")) for line in lines)
         counts = models.count_parameters(model)
         assert total == counts["trainable"] == counts["technique"] + counts["head"] == count(model)
     assert any("2 x 1,024 = 2,048" in line for line in models.describe(build(make_settings("full"), 2, tiny)))
+
+
+def test_the_optimiser_has_every_trained_parameter_and_decays_matrices_alone(make_settings, tiny):
+    model = build(make_settings("adapter"), 2, tiny)
+    model.head.gate = nn.Parameter(torch.ones(()))  # a scalar, as a technique of one's own may have
+    groups = train.make_optimizer(model, make_settings("adapter")).param_groups
+    decay = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert decay == {parameter: 0.01 if parameter.dim() > 1 else 0 for parameter in models.trained(model).values()}
 
 
 def test_predictions_keep_the_order_of_the_sentences(tiny):
@@ -1163,14 +1190,16 @@ def test_predictions_keep_the_order_of_the_sentences(tiny):
 def test_a_device_that_is_not_there_is_refused_by_name(make_settings, tiny, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda: not available here"):
-        models.choose_compute(make_settings("lora", "--device", "cuda"), load_bert(tiny).config)
+        machine.choose_compute(make_settings("lora", "--device", "cuda"), load_bert(tiny).config)
 
 
 def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch):
-    assert models.peak_memory("cpu") > 10
-    monkeypatch.setattr(models.Path, "is_file", lambda path: False)  # no /proc
+    assert machine.peak_memory("cpu") > 10
+    monkeypatch.setattr(machine.Path, "read_text", lambda path: "VmRSS:\t5 kB\n")  # /proc without a peak
+    assert machine.peak_memory("cpu") > 10
+    monkeypatch.setattr(machine.Path, "is_file", lambda path: False)  # no /proc
     monkeypatch.setitem(sys.modules, "resource", None)               # as on Windows
-    assert models.peak_memory("cpu") is None
+    assert machine.peak_memory("cpu") is None
 
 
 # -- fast.py ----------------------------------------------------------------------------------------------
@@ -1420,7 +1449,8 @@ def test_a_whole_run(make_settings, tiny, capsys, technique):
                 "adapter": 4 * (2 * 32 * 32 + 32 + 32) + 4 * 64, "lora": 2 * 8 * (4 * (32 + 32) + 2 * (32 + 64))}
     assert counts["technique"] == expected[technique] and counts["head"] == 32 * 32 + 32 + 32 * 2 + 2
     printed = capsys.readouterr().out
-    assert "mistakes on dev" in printed and f"{metrics['test_accuracy']:.1%}" in printed and str(folder) in printed
+    assert f"{metrics['test_accuracy']:.1%}" in printed and str(folder) in printed
+    assert ("mistakes on dev" in printed) == (metrics["dev_accuracy"] < 1)
 
 
 def test_dev_is_measured_as_often_as_asked_and_after_the_last_epoch_and_changes_nothing(make_settings):
@@ -1677,7 +1707,8 @@ def test_three_classes_and_a_test_file(make_settings, tmp_path):
 
 
 @pytest.mark.parametrize("more, part", [
-    (["--targets", "queri"], "target 'queri': matches nothing"), (["--top-layers", 3], "only 2 layers"),
+    (["--targets", "queri"], "target 'queri': matches nothing"),
+    (["--targets", "query", "pooler"], "target 'pooler': matches nothing"), (["--top-layers", 3], "only 2 layers"),
     (["--max-length", 49], "at most 48 tokens"), (["--limit", 2, "--data", "gone.csv"], "gone.csv")])
 def test_a_setting_that_does_not_fit_is_one_clear_line(make_settings, capsys, more, part):
     refused(make_settings("lora", *more), capsys, part)
@@ -1685,7 +1716,7 @@ def test_a_setting_that_does_not_fit_is_one_clear_line(make_settings, capsys, mo
 
 def test_without_a_terminal_progress_is_plain_lines(make_settings, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
-    with models.progress_bar(total=10) as bar:
+    with machine.progress_bar(total=10) as bar:
         assert bar.mininterval == bar.delay == 30 and bar.maxinterval > 30  # seconds between lines
         bar.fp.write("\r  50% done   ")
         bar.fp.write("\r   \n")
@@ -1891,7 +1922,7 @@ def test_the_files_for_peft_have_its_names_shapes_and_keys(finished_runs, tmp_pa
     assert list(config) == sorted(config) and config["task_type"] == "SEQ_CLS" and config["use_rslora"] is True
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (3, 16, {})
     assert set(config["modules_to_save"]) == {"classifier", "pooler", "score"}
-    tensors, about = bert.read_safetensors(tmp_path / "peft" / "adapter_model.safetensors")
+    tensors, about = read_safetensors(tmp_path / "peft" / "adapter_model.safetensors")
     assert about["format"] == "pt" and len(tensors) == 6 * 2 + 4
     assert tensors["base_model.model.bert.encoder.layer.1.attention.self.query.lora_A.weight"].shape == (3, 32)
     assert tensors["base_model.model.bert.encoder.layer.1.output.dense.lora_B.weight"].shape == (32, 3)

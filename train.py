@@ -25,11 +25,11 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 
-from minipeft import checkpoint, data, download, fast, parallel, plots
+from minipeft import checkpoint, data, download, fast, parallel, plots  # parallel: in one process it changes nothing
 from minipeft.files import UserError, write_json
 from minipeft.lora import merge_lora
-from minipeft.model import (
-    build, choose_compute, count_parameters, describe, peak_memory, predict, processor, progress_bar, trained)
+from minipeft.machine import choose_compute, peak_memory, processor, progress_bar
+from minipeft.model import build, count_parameters, describe, predict, trained
 
 DIVERGED = 3         # the exit code of a run whose loss does not stay finite; that of a user's mistake is 2
 READ_EVERY = 10      # steps between reads of the loss: on a GPU every read waits for it
@@ -173,7 +173,7 @@ def train(forward, optimizer, train_set, dev_set, progress, settings, save):
                 continue  # taken before the run was interrupted
             started = time.perf_counter()
             torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout
-            indices, weight = parallel.share(train_set[batch])  # weight: of this process's share; alone, 1
+            indices, weight = parallel.share(train_set[batch])  # weight: 1 in a single process
             labels = forward.labels[indices]
 
             logits = forward.logits(indices)
@@ -242,7 +242,7 @@ def make_optimizer(model, settings):
     """AdamW, with weight decay on matrices only."""
     parameters = list(trained(model).values())
     groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
-              {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
+              {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
 
 
@@ -267,12 +267,12 @@ def report(record, corpus, dev_set, folder):
     logits, metrics, classes = np.array(record["dev"]["logits"]), record["metrics"], record["classes"]
     probabilities = torch.from_numpy(logits).softmax(1).numpy()
     confidence = probabilities.max(1) * (logits.argmax(1) != corpus.labels[dev_set])  # 0 where it is right
-    worst = np.argsort(-confidence)[:3]
-    print("\nthe most confident mistakes on dev:")
+    worst = [row for row in np.argsort(-confidence)[:3] if confidence[row]]
+    if worst:
+        print("\nthe most confident mistakes on dev:")
     for row, text in zip(worst, corpus.texts(dev_set[worst])):
-        if confidence[row]:
-            print(f"  {classes[logits[row].argmax()]} ({confidence[row]:.1%}), but labelled "
-                  f"{classes[corpus.labels[dev_set[row]]]}: {text[:200]}")
+        print(f"  {classes[logits[row].argmax()]} ({confidence[row]:.1%}), but labelled "
+              f"{classes[corpus.labels[dev_set[row]]]}: {text[:200]}")
     memory = f"{metrics['peak_memory_mb']:,.0f} MB" if metrics["peak_memory_mb"] else "unknown"
     print(f"\ntest loss {metrics['test_loss']:.3f} accuracy {metrics['test_accuracy']:.1%} on "
           f"{record['sentences']['test']:,} sentences\n"

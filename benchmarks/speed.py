@@ -239,7 +239,7 @@ def peer(settings, side):
         train_sampling_strategy="group_by_length" if side["grouped"] else "random", report_to=[], disable_tqdm=True)
     transformers.Trainer(model, arguments, collate, examples(train_set), callbacks=[Clock()]).train()
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    from minipeft.model import peak_memory  # after the timed part
+    from minipeft.machine import peak_memory  # after the timed part
     figures = {"side": side, "seconds": times["ended"] - times["began"], "first_step_seconds": first[0],
                "peak_memory_mb": peak_memory("cpu"), "trained": trained}
     if settings["technique"] == "lora":

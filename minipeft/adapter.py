@@ -19,13 +19,16 @@ class Adapter(nn.Module):
     W_down is (bottleneck, width), W_up (width, bottleneck): 2 x bottleneck x width + bottleneck + width parameters, in
     fp32. The weights are normal, truncated at two standard deviations, so the adapter starts near the identity. The
     paper's standard deviation is 1e-2, that of its code 1e-3. The paper names no nonlinearity; its code has the tanh
-    approximation of GELU, this file exact GELU. Raises ValueError for a bottleneck below 1.
+    approximation of GELU, this file exact GELU. Raises ValueError for a bottleneck below 1 or
+    an init_std that is not positive.
     """
 
     def __init__(self, width, bottleneck=32, init_std=1e-2, device=None):
         super().__init__()
         if bottleneck < 1:
             raise ValueError(f"bottleneck must be at least 1, not {bottleneck}")
+        if init_std <= 0:
+            raise ValueError(f"init_std must be positive, not {init_std}: at zero the adapter would not learn")
         self.down = nn.Linear(width, bottleneck, device=device, dtype=torch.float32)
         self.up = nn.Linear(bottleneck, width, device=device, dtype=torch.float32)
         for layer in (self.down, self.up):
@@ -67,7 +70,8 @@ class AdapterLinear(nn.Module):
 
 
 class TrainedNorm(nn.Module):
-    """A frozen normalisation layer, `base`, beside the trained fp32 copy that replaces it, `trained`."""
+    """A normalisation layer replaced by a trained fp32 copy, `trained`. The original, `base`, is not called; it is
+    kept so that remove_adapters can put it back bit for bit."""
 
     def __init__(self, norm):
         super().__init__()
@@ -84,9 +88,11 @@ class TrainedNorm(nn.Module):
         return self.trained.weight.as_subclass(Unfused)
 
     def __getattr__(self, name):  # bias, eps and the like, for code that reads them, are those of the trained copy
-        modules = self.__dict__["_modules"]
+        modules = self.__dict__["_modules"]  # self.trained would call __getattr__ again, for ever
         return modules[name] if name in modules else getattr(modules["trained"], name)
 
+
+# -- finding and swapping layers: the same in head.py and lora.py, so that each file can be copied alone ---
 
 def named(model, target):
     """Return {name: module}: the modules called `target` or ending in "." + `target`; shared ones under each name."""
@@ -167,6 +173,8 @@ def load(parameters, state):
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
 
+
+# -- adapters in a model ----------------------------------------------------------------------------------
 
 def is_norm(module):
     """Recognise a normalisation layer of any class (RMSNorm too): a leaf with weights, neither linear nor embedding."""

@@ -20,8 +20,9 @@ from .bert import load_bert
 from .files import UserError, read_json, write_json
 from .head import pool
 from .lora import merge_lora
+from .machine import Compute, processor, progress_bar
 from .memory import SENTENCES, TOKENS, make_model, memory
-from .model import Compute, predict, processor, progress_bar
+from .model import predict
 
 
 def read_data(record, weights):
@@ -235,8 +236,8 @@ def claim_forgetting(found, seeds=False):
             "measured": f"{runs}. Rank correlation of sentence similarities with the untouched model (1), "
                         f"{found['full'][0]['sentences']} dev sentences: {means}. LoRA - full in {len(pairs[0])} "
                         f"groups of sentences: {span(pair, '', 3)}",
-            "verdict": f"{runs}. LoRA stays closer: {as_verdict(pair['verdict'])}. What the encoder can still do was not "
-                       "measured", "figure": None}
+            "verdict": f"{runs}. LoRA stays closer: {as_verdict(pair['verdict'])}. What the encoder can still do was "
+                       "not measured", "figure": None}
 
 
 def claim_memory(found):

@@ -1,20 +1,20 @@
 """A BERT encoder (Devlin et al. 2018, arXiv 1810.04805) that loads and saves Hugging Face folders.
 
-Post-norm blocks, exact (erf) GELU, learned positions: with the same weights it computes what transformers' BertModel
-does. Read downwards: config, the two sub-layers of a block, the encoder, then loading. The shapes in the comments are
-those of the default weights: hidden 384, 12 heads of 32, feed-forward 1536; B sentences of T tokens.
+Post-norm blocks (LayerNorm after each residual sum), exact (erf) GELU, learned positions: with the same weights it
+computes what transformers' BertModel does. Read downwards: config, the two sub-layers of a block, the encoder, then
+loading. The shapes in the comments are those of the default weights: hidden 384, 12 heads of 32, feed-forward 1536; B
+sentences of T tokens.
 """
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import safetensors
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
-from .files import UserError, atomic, read_json, write_text
+from .files import UserError, read_json, write_text
+from .tensors import check_tensors, read_safetensors, write_safetensors
 
 
 @dataclass
@@ -116,8 +116,8 @@ class Embeddings(nn.Module):
 class Bert(nn.Module):
     """Token ids in, one vector per token out.
 
-    `pooler` is the checkpoint's dense layer over [CLS], or None. `forward` does not use it; a classification
-    head may start from it (head.py).
+    `pooler` is the checkpoint's dense layer over the vector of [CLS], the special first token of every input, or
+    None. `forward` does not use it; a classification head may start from it (head.py).
     """
 
     def __init__(self, config, pooler=True):
@@ -168,7 +168,7 @@ IMPLEMENTED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_t
 def hugging_face_name(name):
     """`layers.3.attention.query.weight` -> `encoder.layer.3.attention.self.query.weight`"""
     module, _, leaf = name.rpartition(".")
-    layer = next((part for part in module.split(".") if part.isdigit()), "*")
+    layer = next((part for part in module.split(".") if part.isdigit()), "*")  # "*": no layer, nothing is replaced
     return HUGGING_FACE_NAMES[module.replace(f".{layer}.", ".*.")].replace("*", layer) + "." + leaf
 
 
@@ -194,50 +194,13 @@ def read_config(folder):
     return BertConfig(**numbers)
 
 
-def read_safetensors(path):
-    """Read all tensors of a file, and its metadata. UserError if the file is missing or damaged."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror or error})") from None
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}): fetch or write it again") from None
-
-
-def write_safetensors(path, tensors, metadata):
-    """Write tensors and metadata (strings) to a file. UserError if the file system refuses."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata)
-        except safetensors.SafetensorError as error:  # which it raises for a full disk, too
-            raise OSError(str(error)) from error
-
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def check_tensors(path, tensors, expected):
-    """UserError that lists every tensor of `tensors` that is missing, unexpected, misshaped or not finite."""
-    wrong = [f"missing {name}" for name in expected if name not in tensors]
-    for name, tensor in tensors.items():
-        if name not in expected:
-            wrong.append(f"unexpected {name}")
-        elif tensor.shape != expected[name].shape:
-            wrong.append(f"{name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
-        elif tensor.dtype not in FLOATS or not tensor.isfinite().all():
-            wrong.append(f"{name} holds values that are not finite floating-point numbers")
-    if wrong:
-        raise UserError(f"{path} does not fit the model: " + "; ".join(wrong))
-
-
 def load_bert(folder, dropout=0.0):
     """Build the encoder that `config.json` describes and load `model.safetensors`, in fp32 and eval mode.
 
     Accepts names with or without the prefix `bert.`, LayerNorms called gamma and beta, heads of other tasks
-    (skipped), and checkpoints without a pooler. `dropout` replaces both rates of the config. All or nothing:
-    raises a UserError that lists everything missing, unexpected, misshaped or not implemented.
+    (skipped), and checkpoints without a pooler. `dropout` replaces both rates of the config; the
+    default is 0, because the cached features of head tuning have none. All or nothing: raises a UserError that lists
+    everything missing, unexpected, misshaped or not implemented.
     """
     path = Path(folder) / "model.safetensors"
     for needed in (path.with_name("config.json"), path):
@@ -262,9 +225,13 @@ def save_bert(encoder, folder, config=None, prefix="", more=None):
     """Write an encoder as the Hugging Face files `config.json` and `model.safetensors`.
 
     config: entries to add to config.json. prefix: before every name, `bert.` for a model with a head.
-    more: further tensors, by their Hugging Face names. Raises UserError if the files cannot be written.
+    more: further tensors, by their Hugging Face names. The dropout rates written are those in use, 0 after load_bert.
+    Raises UserError if the files cannot be written, ValueError for an encoder that holds LoRA or adapters.
     """
-    tensors = {prefix + hugging_face_name(name): tensor for name, tensor in encoder.state_dict().items()} | (more or {})
+    try:
+        tensors = {prefix + hugging_face_name(name): tensor for name, tensor in encoder.state_dict().items()}
+    except KeyError as error:
+        raise ValueError(f"{error} is not in a plain BERT: call merge_lora or remove_adapters first") from None
     content = IMPLEMENTED | {"architectures": ["BertModel"]} | asdict(encoder.config) | (config or {})
     write_text(Path(folder) / "config.json", json.dumps(content, indent=2) + "\n")
-    write_safetensors(Path(folder) / "model.safetensors", tensors, {"format": "pt"})
+    write_safetensors(Path(folder) / "model.safetensors", tensors | (more or {}), {"format": "pt"})

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
-from .bert import check_tensors, read_safetensors, write_safetensors
 from .download import find_weights, hash_weights
 from .files import UserError, atomic, read_json
 from .model import build, trained
 from .settings import TECHNIQUES, defaults
+from .tensors import check_tensors, read_safetensors, write_safetensors
 
 RECORD, STATE = "run.json", "state.safetensors"
 FILES = (RECORD, STATE, "model.safetensors", "predictions.csv", "curves.png")

@@ -43,7 +43,8 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self):
-        """The merged weight W0 + scaling B A, computed in fp32, rounded once. torch's fused encoder reads it."""
+        """The merged weight W0 + scaling B A, computed in fp32, rounded once. merge_lora stores it;
+        nn.TransformerEncoderLayer's fused kernel for inference reads it instead of calling forward."""
         update = self.scaling * self.lora_B.float() @ self.lora_A.float()
         return (self.linear.weight + (update.T if self.transposed else update)).to(self.linear.weight.dtype)
 
@@ -51,6 +52,8 @@ class LoRALinear(nn.Module):
     def bias(self):
         return self.linear.bias
 
+
+# -- finding and swapping layers: the same in head.py and adapter.py, so that each file can be copied alone
 
 def named(model, target):
     """Return {name: module}: the modules called `target` or ending in "." + `target`; shared ones under each name."""
@@ -132,6 +135,8 @@ def load(parameters, state):
             parameter.copy_(state[name])
 
 
+# -- LoRA in a model --------------------------------------------------------------------------------------
+
 def add_lora(model, targets=("query", "key", "value", "attention.output", "intermediate", "feed_forward.output"),
              rank=8, alpha=16, dropout=0.0, rslora=False, train=()):
     """Freeze `model`, except the modules that `train` names, and wrap every linear layer in `targets` in a LoRALinear.
@@ -159,16 +164,20 @@ def merge_lora(model):
     """Add every update to its weight and put plain layers back under their old names. Return the names.
 
     A second call is a no-op. Each merged weight is a new parameter: an embedding tied to the old one keeps its values.
-    Raise ValueError, and change nothing, for a layer that computes more than W x + b (a subclass with its own forward).
+    Raise ValueError, and change nothing, for a layer that computes more than W x + b (a subclass with its own forward),
+    or if `model` is itself a LoRALinear. Forward hooks of a base layer stay, and then see the merged layer.
     """
     wrappers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    if "" in wrappers:
+        raise ValueError("the model is itself a LoRALinear: merge a module that holds it")
     for name, module in wrappers.items():
         linear = module.linear
         plain = module.transposed or getattr(linear.forward, "__func__", None) is nn.Linear.forward
         if not plain or "weight" not in linear._parameters:  # a parametrized weight is computed, not stored
             raise ValueError(f"cannot merge into {name} ({type(linear).__name__}): it computes more than W x + b")
     for module in wrappers.values():
-        module.linear.weight = nn.Parameter(module.weight, requires_grad=module.linear.weight.requires_grad)
+        merged = module.weight  # the property: W0 + scaling B A
+        module.linear.weight = nn.Parameter(merged, requires_grad=module.linear.weight.requires_grad)
     return remove_lora(model)  # the base layers, which now hold the merged weights
 
 
