@@ -1588,7 +1588,7 @@ def test_a_run_resumed_on_another_machine_warns(make_settings, capsys, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert train.main(chosen) == 130
-    monkeypatch.setattr(train, "processor", lambda device: "another processor")
+    monkeypatch.setattr(checkpoint, "processor", lambda device: "another processor")
     assert train.main(make_settings("lora", "--save-every", 5, "--resume")) == 0
     assert "resumes with another processor: the last bits may differ" in capsys.readouterr().out
 

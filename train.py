@@ -13,22 +13,19 @@ if __name__ == "__main__":
     SETTINGS = options.parse(sys.argv[1:])  # before the slow imports: --help and typos do not wait for torch
 
 import math
-import platform
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import tokenizers
 import torch
 import torch.nn.functional as F
 
 from minipeft import checkpoint, data, download, fast, parallel, plots  # parallel: in one process it changes nothing
 from minipeft.files import UserError, write_json
 from minipeft.lora import merge_lora
-from minipeft.machine import choose_compute, peak_memory, processor, progress_bar
+from minipeft.machine import choose_compute, peak_memory, progress_bar
 from minipeft.model import build, count_parameters, describe, predict, trained
 
 DIVERGED = 3         # the exit code of a run whose loss does not stay finite; that of a user's mistake is 2
@@ -297,15 +294,8 @@ def run(settings):
         checkpoint.keep_machine(settings)
         compute, chosen = parallel.from_first(choose_compute, settings, model.encoder.config)
         counts, folder = count_parameters(model), Path(settings.out)
-        record = {
-            "command": command, "settings": checkpoint.recorded(settings),
-            "machine": {"processor": processor(compute.device), "device": compute.device,
-                        "precision": compute.precision, "threads": torch.get_num_threads(), **parallel.facts()},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "tokenizers": tokenizers.__version__, "safetensors": safetensors.__version__},
-            "weights_sha256": download.hash_weights(weights),
-            "data_sha256": [data.fingerprint(path) for path in corpus.files], "classes": corpus.classes,
-            "sentences": {"train": len(train_set), "dev": len(dev_set), "test": len(test_set)}, "parameters": counts}
+        sizes = {"train": len(train_set), "dev": len(dev_set), "test": len(test_set)}
+        record = checkpoint.start_record(command, settings, compute, weights, corpus, sizes, counts)
         finished, warnings = parallel.from_first(checkpoint.begin, folder, record, settings.resume, settings.overwrite)
         if finished:
             print(f"{folder} failed: {finished['failed']}" if "failed" in finished else f"{folder} is finished already")

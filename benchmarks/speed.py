@@ -100,8 +100,8 @@ def prepare(folder, steps, trial_steps, long, long_steps, held_out):
     from importlib.metadata import version
     import numpy as np
     import torch
-    import train
     from minipeft import bert, data, download, settings as options
+    from minipeft.machine import processor
     weights = download.find_weights(None)
     corpus = data.read_corpus([download.fetch_data()], data.load_tokenizer(weights, 128))
     training, dev, test = data.split(corpus)
@@ -124,7 +124,7 @@ def prepare(folder, steps, trial_steps, long, long_steps, held_out):
         runs[f"long-{tokens}"] = settings("lora", f"{tokens}.csv", joined, ["even", "odd"] * (len(joined) // 2),
                                           "--max-length", tokens, "--limit", 32 * long_steps)
     return {"settings": runs, "about": {
-        "processor": train.processor("cpu"), "flags": vector_flags(), "cores": os.cpu_count(),
+        "processor": processor("cpu"), "flags": vector_flags(), "cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "python": sys.version.split()[0],
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "tokenizers")},
         "sentences": len(rows), "tokens": int(corpus.lengths[rows].sum()), "whole_sentences": len(training),
@@ -158,13 +158,13 @@ def loop(settings, grouped=False, precision="fp32", twins=(), multiple=1):
     import numpy as np
     import torch
     import train
-    from minipeft import data, fast, model as models
+    from minipeft import data, fast, machine, model as models
     corpus, train_set, _ = read(settings)
     settings = argparse.Namespace(**settings)
     model = models.build(settings, len(corpus.classes), settings.weights)
     fast.speed_up(model, "cpu", precision, [getattr(fast, name) for name in twins])
     optimizer = train.make_optimizer(model, settings)
-    forward = train.Forward(model, corpus, models.Compute("cpu", precision, multiple))
+    forward = train.Forward(model, corpus, machine.Compute("cpu", precision, multiple))
     rng = np.random.default_rng(0)
     if grouped:
         batches = data.batches_of_like_length(corpus.lengths[train_set], settings.batch_size, rng)
@@ -177,7 +177,7 @@ def loop(settings, grouped=False, precision="fp32", twins=(), multiple=1):
         torch.nn.utils.clip_grad_norm_(models.trained(model).values(), settings.clip)
         optimizer.step()
         optimizer.zero_grad()
-    return {"seconds": time.perf_counter() - began, "peak_memory_mb": models.peak_memory("cpu")}
+    return {"seconds": time.perf_counter() - began, "peak_memory_mb": machine.peak_memory("cpu")}
 
 
 def peer_model(settings, attention):

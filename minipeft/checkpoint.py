@@ -13,15 +13,21 @@ import csv
 import hashlib
 import json
 import os
+import platform
 import shutil
 from argparse import Namespace
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import safetensors
+import tokenizers
 import torch
 
+from . import parallel
+from .data import fingerprint
 from .download import find_weights, hash_weights
 from .files import UserError, atomic, read_json
+from .machine import processor
 from .model import build, trained
 from .settings import TECHNIQUES, defaults
 from .tensors import check_tensors, read_safetensors, write_safetensors
@@ -46,6 +52,18 @@ DELETE = "delete it (in the folder of a run: the whole folder) and run again"
 def recorded(settings):
     """The settings that decide the outcome, as a dict; those without a value are left out."""
     return {name: value for name, value in vars(settings).items() if name not in NOT_RECORDED and value is not None}
+
+
+def start_record(command, settings, compute, weights, corpus, sentences, parameters):
+    """What is known of a run before its first step: the values of START_KEYS. sentences, parameters: counts."""
+    return {
+        "command": command, "settings": recorded(settings),
+        "machine": {"processor": processor(compute.device), "device": compute.device, "precision": compute.precision,
+                    "threads": torch.get_num_threads(), **parallel.facts()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "tokenizers": tokenizers.__version__, "safetensors": safetensors.__version__},
+        "weights_sha256": hash_weights(weights), "data_sha256": [fingerprint(path) for path in corpus.files],
+        "classes": corpus.classes, "sentences": sentences, "parameters": parameters}
 
 
 def settings_of(record):
