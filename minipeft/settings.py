@@ -76,7 +76,7 @@ TECHNIQUES = {
         "LoRA", "low-rank updates of the linear layers (Hu et al. 2021), and the head", 5e-4, {
             "targets": LINEAR_LAYERS, "rank": 8, "alpha": 16.0, "lora_dropout": 0.0, "rslora": False,
             "init_from": None, **ENCODER}),
-    "bitfit": Technique("BitFit", "the biases (Ben Zaken et al. 2021), and the head", 4e-3, ENCODER),
+    "bitfit": Technique("BitFit", "the biases (Ben Zaken et al. 2021), and the head", 2e-3, ENCODER),
     "full": Technique("full fine-tuning", "everything: the reference", 2.5e-5, ENCODER),
 }
 
