@@ -3125,7 +3125,7 @@ def test_the_results_in_the_readme_are_those_of_the_records():
         verdicts = [compare.verdict_on_claim(one) if one.contrast.expected else one.accuracy.verdict for one in found]
         if len(set(verdicts)) == 1:
             verdicts = verdicts[:1]
-        assert f"| {differences} | {'; '.join(verdicts)} |" in shown, study
+        assert f"| {len(result.folds)} | {differences} | {'; '.join(verdicts)} |" in shown, study
     high = compare.collect(place, "doubling", range(10)).outcomes
     adapter, lora = (high[f"{name} lr 0.002"].values() for name in ("adapter", "lora"))
     assert len(adapter) == len(lora) == 10 and "adapters reach {:.2f} and LoRA {:.2f}".format(
