@@ -2547,6 +2547,9 @@ def test_the_close_call_in_the_limits_is_that_of_the_records():
     assert f"2e-3 has {100 * (two - one) / 2889:.1f} points more" in limits
     assert f"4e-3 has {100 * (two - four) / 2889:.3f} points less" in limits
     assert (one - half, right("runs", "0.001") - half) == (1, -1) and "by one of 2,889 predictions" in limits
+    dropout = compare.collect(compare.read_place(ROOT / "results"), "dropout", range(3))
+    for contrast in dropout.study.contrasts:  # "no significant difference"
+        assert compare.measure(dropout, contrast).accuracy.verdict == stats.INCONCLUSIVE
 
 
 # -- runs -------------------------------------------------------------------------------------------------
