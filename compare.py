@@ -353,7 +353,8 @@ def report_rates(place, path=""):
         return [], []
     command, claims = command_of(place, "--rates", *chosen), []
     if {"lora", "full"} <= chosen.keys():
-        by_accuracy, by_loss, highest = (chosen["lora"][rule] / chosen["full"][rule] for rule in chosen["lora"])
+        by_accuracy, by_loss, highest = (chosen["lora"][rule] / chosen["full"][rule]
+                                         for rule in ("accuracy", "loss", "highest"))
         claims = [{"claim": "LoRA's best learning rate is about ten times that of full fine-tuning",
                    "source": "Schulman 2025", "verdict": MEASURED, "figure": path + figures[0], "command": command,
                    "measured": f"{by_accuracy:g} by the accuracy rule, {by_loss:g} by the loss rule, {highest:g} by "

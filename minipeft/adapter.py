@@ -19,8 +19,8 @@ class Adapter(nn.Module):
     W_down is (bottleneck, width), W_up (width, bottleneck): 2 x bottleneck x width + bottleneck + width parameters, in
     fp32. The weights are normal, truncated at two standard deviations, so the adapter starts near the identity. The
     paper's standard deviation is 1e-2, that of its code 1e-3. The paper names no nonlinearity; its code has the tanh
-    approximation of GELU, this file exact GELU. Raises ValueError for a bottleneck below 1 or
-    an init_std that is not positive.
+    approximation of GELU, this file exact GELU. Raises ValueError for a bottleneck below 1 or an init_std that is not
+    positive.
     """
 
     def __init__(self, width, bottleneck=32, init_std=1e-2, device=None):
