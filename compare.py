@@ -386,9 +386,10 @@ def check_readme(path):
         raise UserError(f"{path} was not written by compare.py: choose another --out")
 
 
-def report_all(place, path=""):
-    """{heading: (lines, claims)} of every study and of the learning rates. path: from README.md to the figures."""
-    studies = {name: report_study(place, name, path) for name in STUDIES}
+def report_all(place, path="", but=()):
+    """{heading: (lines, claims)} of every study, but those named, and of the learning rates. path: from README.md to
+    the figures."""
+    studies = {name: report_study(place, name, path) for name in STUDIES if name not in but}
     return studies | {"Learning rates": report_rates(place, path)}
 
 
@@ -401,11 +402,10 @@ def report(place):
         claims += read_json(place.out / "analysis.json", ["claims"])["claims"]
     for folder in sorted(path.parent for path in place.out.glob("*/runs")):
         part = read_place(folder)
-        found = report_all(part, f"{folder.name}/")
+        have = [name for name in STUDIES if reports[name][0]] if inputs(part) == inputs(place) else ()
+        found = report_all(part, f"{folder.name}/", have)  # the runs of a search can complete a study that is here
         reports |= {f"{folder.name}: {heading}": lines for heading, lines in found.items()}
-        judged = {row["claim"] for row in claims} if inputs(part) == inputs(place) else ()  # the main runs decide
-        claims += [{**row, "claim": f"{folder.name}: {row['claim']}"} for _, rows in found.values() for row in rows
-                   if row["claim"] not in judged]
+        claims += [{**row, "claim": f"{folder.name}: {row['claim']}"} for _, rows in found.values() for row in rows]
     rows = [[f"{row['claim']} ({row['source']})", row["measured"], row["verdict"],
              f"[figure]({row['figure']})" if row["figure"] else "", f"`{row['command']}`"] for row in claims]
     sections = {"Protocol": [PROTOCOL], "Claims": ["No study is complete yet."]}

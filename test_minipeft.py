@@ -2799,8 +2799,9 @@ def test_a_report_trains_nothing_and_repeats_to_the_byte(fake_place, monkeypatch
     assert "## other: Learning rates\n" in text and "(other/rates.png)" in text
     assert "## other: dropout\n" in text and "| other: encoder dropout of 0.1" in text and "(other/dropout.png)" in text
     assert f"--folds 1 --epochs 4 --out {out.as_posix()}/other`" in text
-    assert "## same: rank\n" in text and "| same: the size of the adapters" in text
-    assert "| same: a rank of 1" not in text and "| weights: a rank of 1" in text  # with equal data and weights
+    assert "## same: bottleneck\n" in text and "| same: the size of the adapters" in text
+    assert "same: rank" not in text and "| same: a rank of 1" not in text  # the main runs decide
+    assert "## weights: rank\n" in text and "| weights: a rank of 1" in text  # other weights: another comparison
     for command in re.findall(r"`(python compare.py [^`]+)`", text):
         compare.parse(shlex.split(command)[2:])  # every printed command is accepted
 
@@ -2992,6 +2993,7 @@ def test_the_analysis_writes_claims_and_figures_and_keeps_the_latency_of_before(
     for row in content["claims"][1:]:
         assert set(row) == {"claim", "source", "measured", "verdict", "figure", "command"}
         assert row["figure"] is None or (tmp_path / row["figure"]).stat().st_size > 5000
+        assert row["figure"] not in [f"{name}.png" for name in STUDIES]  # compare.py writes those
     assert len(content["memory"]["lora"]["steps"]["milliseconds"]) == 1
 
 

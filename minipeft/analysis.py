@@ -195,7 +195,7 @@ def claim_layers(found):
                         f"{halves}",
             "verdict": f"{runs}. Removing the worst single layer: {rows['worst single layer']['verdict']}; removing "
                        f"all: {rows['all layers']['verdict']}; lower layers matter less than upper ones: {lower}",
-            "figure": "layers.png"}
+            "figure": "removed.png"}
 
 
 def mean_energy(runs):
@@ -317,7 +317,7 @@ def analyse(out, runs=None, weights=None):
     if "adapter" in found_runs:
         folders = progress_bar(iterable=found_runs["adapter"].values(), desc="layers", unit=" runs")
         found = compare_spans([layer_spans(folder, weights) for folder in folders], seeds)
-        plots.heat_map(found["matrix"], found["complete"], out / "layers.png")
+        plots.heat_map(found["matrix"], found["complete"], out / "removed.png")
         sections["layers"] = found | {"row": claim_layers(found)}
     both = [repeat for repeat in found_runs.get("full", {}) if repeat in found_runs.get("lora", {})]
     if both:
