@@ -127,7 +127,7 @@ def describe(found):
     if accuracy is None:
         return f"{found.name}: {count_pairs(found)}"
     return (f"{found.name}: {accuracy.mean:+.2f} points [{accuracy.low:+.2f}, {accuracy.high:+.2f}] at "
-            f"{100 * accuracy.level:.4g} %, [{accuracy.low90:+.2f}, {accuracy.high90:+.2f}] at 90 %: "
+            f"{100 * accuracy.level:.4g}%, [{accuracy.low90:+.2f}, {accuracy.high90:+.2f}] at 90%: "
             f"{accuracy.verdict}; calibrated loss {loss.mean:+.4f} [{loss.low:+.4f}, {loss.high:+.4f}]: "
             f"{loss.verdict}; {count_pairs(found)}")
 
@@ -165,7 +165,7 @@ def brief(found):
     low, high, level = accuracy.low, accuracy.high, accuracy.level
     if found.contrast.expected == "equivalent" or accuracy.verdict.startswith("equivalent"):
         low, high, level = accuracy.low90, accuracy.high90, 0.9
-    text = f"{found.name}: {accuracy.mean:+.2f} points [{low:+.2f}, {high:+.2f}] at {100 * level:.4g} %"
+    text = f"{found.name}: {accuracy.mean:+.2f} points [{low:+.2f}, {high:+.2f}] at {100 * level:.4g}%"
     if decided_by_loss(found):
         text += f", calibrated loss {loss.mean:+.4f} [{loss.low:+.4f}, {loss.high:+.4f}]"
     return f"{text}, {count_pairs(found)}"
@@ -273,7 +273,7 @@ def draw(result, findings, place):
     study, names, bars, references = result.study, [f"{result.name}.png"], None, {}
     if shown := shown_by_bars(findings).values():
         to = {found.contrast.b for found in shown}
-        bars = (f"{100 * next(iter(shown)).accuracy.level:.4g} % interval of the paired difference to "
+        bars = (f"{100 * next(iter(shown)).accuracy.level:.4g}% interval of the paired difference to "
                 f"{label(*to) if len(to) == 1 else 'the variant it is compared with'}")
     if study.references:
         main = collect(place, "techniques", result.folds).outcomes

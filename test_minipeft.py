@@ -1383,7 +1383,7 @@ def test_the_benchmark_s_tables_hold_medians_and_ratios_of_pairs(speed):
                  "| LoRA at 256 tokens, seconds a step | 33.0 | 16.5 | 11.0 | 3.00 (aim 3) | 1.50 (aim 1.5) |",
                  "| plain loop, shuffled batches | 88.0 | 1.00 | 900 |",
                  "| LoRA's gradient by hand | 35.2 | 1.25 | 900 |",
-                 "| share of the faster one that training reaches | 50% (aim 65 %) |",
+                 "| share of the faster one that training reaches | 50% (aim 65%) |",
                  "| 256 tokens, plain modules | 15.0 s a step, 1,234 MB |",
                  "| runs an hour, one after the other, threads each: 2 | 100 |",
                  "| runs an hour, two at once, threads each: 1 | 120 |"):
@@ -2413,11 +2413,11 @@ BEST = dict.fromkeys(LINES, 2e-4)
     ("costs", ({name: Cost(20.4, 600) for name in LINES}, "a processor"), [*LABELS, "20", "600", "a processor"]),
     ("memory", (MEMORY,), ["LoRA", "full fine-tuning", "weights", "gradients", "activations", "measured total"]),
     ("rates", (POINTS, {name: [Point(2e-4, 0.4), Point(4e-4, math.inf)] for name in LINES}, BEST, BEST), LABELS),
-    ("differences", (PAIRS,), [*PAIRS, "95 % interval", "inconclusive (6 folds needed)", "inconclusive, one run"]),
+    ("differences", (PAIRS,), [*PAIRS, "95% interval", "inconclusive (6 folds needed)", "inconclusive, one run"]),
     ("study", ("rank", {"": POINTS, "alpha": KINDS}), [*LABELS, "alpha", "query"]),
-    ("heat_map", ([[80.12, 50.0], [math.nan, 70.0]], 82.0), ["80.1", "50.0", "70.0", "82.0 %"]),
+    ("heat_map", ([[80.12, 50.0], [math.nan, 70.0]], 82.0), ["80.1", "50.0", "70.0", "82.0%"]),
     ("spectra", ({"full": [[3, 1, 0.1], [2, 1, 1]], "lora": [[1, 0.1]]},),
-     ["full fine-tuning: 90 % at rank 2", "LoRA: 90 % at rank 1"])])
+     ["full fine-tuning: 90% at rank 2", "LoRA: 90% at rank 1"])])
 def test_every_figure_is_drawn_without_a_warning_and_labels_what_it_is_given(name, arguments, labels, tmp_path):
     with warnings.catch_warnings(action="error"):
         figure = getattr(plots, name)(*arguments, path=tmp_path / "figure.png")
@@ -2880,7 +2880,7 @@ def test_spans_of_layers_need_a_run_with_adapters_and_unchanged_data(finished, t
 
 
 def test_the_rank_of_energy_is_found_by_hand():
-    assert analysis.rank_of_energy([3.0, 1.0]) == 1         # 9 of 10: exactly 90 %
+    assert analysis.rank_of_energy([3.0, 1.0]) == 1         # 9 of 10: exactly 90%
     assert analysis.rank_of_energy([3.0, 1.1]) == 2
     assert analysis.rank_of_energy([1.0] * 10) == 9
     assert analysis.rank_of_energy([2.0, 0.0, 0.0]) == 1
@@ -3119,7 +3119,7 @@ def test_the_results_in_the_readme_are_those_of_the_records():
         assert f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]".replace("-", "−") in shown, contrast
     seconds = {name: compare.mean_std(found.values(), "train_seconds")[0] for name, found in result.outcomes.items()}
     lora, adapter = (round(100 * seconds[name] / seconds["full"]) for name in ("lora", "adapter"))
-    assert f"need {lora} % and {adapter} % of its training time" in shown
+    assert f"need {lora}% and {adapter}% of its training time" in shown
     assert f"each of {sum(run.scores.shape[1] for run in result.outcomes['full'].values()):,} sentences" in shown
     for study in ("rank", "bottleneck", "init", "light"):
         result = compare.collect(place, study, range(10))
@@ -3135,9 +3135,9 @@ def test_the_results_in_the_readme_are_those_of_the_records():
     assert len(adapter) == len(lora) == 10 and "adapters reach {:.2f} and LoRA {:.2f}".format(
         *(compare.mean_std(runs, "accuracy")[0] for runs in (adapter, lora))) in shown
     analysis, (rank,) = (ROOT / "results/analysis.json").read_text(), re.findall(r"rank (\d+ of \d+)", README)
-    assert f"90 % of the update's energy needs rank {rank} (full)" in analysis
-    slower = re.search(r"batch 1: .*?; adapters \+([\d.]+) %", analysis)[1]
-    assert f"{float(slower):.0f} % at batch 1" in README
+    assert f"90% of the update's energy needs rank {rank} (full)" in analysis
+    slower = re.search(r"batch 1: .*?; adapters \+([\d.]+)%", analysis)[1]
+    assert f"{float(slower):.0f}% at batch 1" in README
 
 
 def test_what_is_said_about_the_accuracy_of_bf16_is_true_of_the_records():
@@ -3222,7 +3222,7 @@ def test_the_counts_and_costs_in_the_readme_are_those_of_the_default_model(real)
     rows.append(["FLOP of linear layers, in forward passes of the encoder",
                  *(f"{(step['forward_flop'] + step['backward_flop']) / plain:.3f}" for step in products.values())])
     assert "".join(f"| {' | '.join(row)} |\n" for row in rows) in between(README, "costs")
-    assert f"add {100 * products['adapter']['forward_flop'] / plain - 100:.1f} %" in README
+    assert f"add {100 * products['adapter']['forward_flop'] / plain - 100:.1f}%" in README
     adapters = counts["adapter"]["technique"] - 9216
     for number in (counts["head"]["head"], counts["lora"]["technique"], adapters, 9216, adapters // 12):
         assert f"{number:,}" in README

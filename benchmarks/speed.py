@@ -412,7 +412,7 @@ def tables(content):
     lines += ["", "| LoRA | |", "|---|---|",
               f"| GFLOP/s of matrix products | fp32 {rates['fp32']:.0f}, bf16 {rates['bf16']:.0f} |",
               f"| share of the faster one that training reaches | {share:.0%} "
-              f"(aim {60 if precision == 'bf16' else 65} %) |",
+              f"(aim {60 if precision == 'bf16' else 65}%) |",
               *(f"| {tokens} tokens, plain modules | {cell(f'long-{tokens}/plain')} s a step, "
                 f"{cell(f'long-{tokens}/plain', 'peak_memory_mb')} MB |" for tokens in options["long"])]
     for number, words in ((1, "one after the other"), (2, "two at once")):

@@ -167,10 +167,10 @@ def latency(weights, size, rounds=20, calls=20, tokens=TOKENS):
 
 # -- the claims -------------------------------------------------------------------------------------------
 
-def span(row, unit="points", digits=1):
+def span(row, unit=" points", digits=1):
     """A paired difference in words, from the dict of a stats.Comparison."""
     mean, low, high = (f"{row[key]:+.{digits}f}" for key in ("mean", "low", "high"))
-    return " ".join(filter(None, (mean, unit, f"[{low}, {high}]")))
+    return f"{mean}{unit} [{low}, {high}]"
 
 
 def as_verdict(word):
@@ -190,7 +190,7 @@ def claim_layers(found):
     runs = "one run" if found["runs"] == 1 else f"{found['runs']} runs"
     return {"claim": "adapters: no single layer matters much, all together do, lower layers less than upper ones",
             "source": "Houlsby et al. 2019, section 3.6, figure 6 (left)",
-            "measured": f"{runs}, {found['complete']:.1f} % with all adapters. Removed: the worst single layer "
+            "measured": f"{runs}, {found['complete']:.1f}% with all adapters. Removed: the worst single layer "
                         f"({found['worst'] + 1}) {single}; all {everything}; the lower half instead of the upper half "
                         f"{halves}",
             "verdict": f"{runs}. Removing the worst single layer: {rows['worst single layer']['verdict']}; removing "
@@ -216,7 +216,7 @@ def claim_spectrum(found):
             "source": "Hu et al. 2021, section 4.1 (hypothesis); Biderman et al. 2024, arXiv 2405.09673 (the "
                       "opposite); Shuttleworth et al. 2024, arXiv 2410.21228 (intruders)",
             "measured": f"{runs}, mean over all trained matrices ({matrices['full']} full, {matrices['lora']} "
-                        f"LoRA). 90 % of the update's energy needs rank {needed} of {len(full)} (full) and {rank} of "
+                        f"LoRA). 90% of the update's energy needs rank {needed} of {len(full)} (full) and {rank} of "
                         f"{most} (LoRA); the first {most} ranks hold {full[:most].sum():.0%} of full fine-tuning's. "
                         f"Intruder dimensions among the top 10 of each matrix: {new['full']} of "
                         f"{10 * matrices['full']:,} (full), {new['lora']} of {10 * matrices['lora']:,} (LoRA)",
@@ -254,7 +254,7 @@ def claim_memory(found):
         runs = each(min(len(row["milliseconds"]) for row in steps))
         seconds = f"step time {one:.0f} ms (full), {other:.0f} ms (LoRA), {1 - other / one:.0%} less, {runs}"
     without, together = saved(*states), saved(*states, "activations")
-    return {"claim": "LoRA needs up to two thirds less memory than full fine-tuning with Adam, and is 25 % faster",
+    return {"claim": "LoRA needs up to two thirds less memory than full fine-tuning with Adam, and is 25% faster",
             "source": "Hu et al. 2021, section 4.2",
             "measured": f"a step of {SENTENCES} x {TOKENS} tokens in fp32, counted: {without} less for weights, "
                         f"gradients and optimiser states; {lora['activations'] / full['activations']:.2f} times the "

@@ -223,7 +223,7 @@ def differences(rows, path):
     axis.axvspan(-1, 1, color="#dbe9f6", label="equivalence band ±1", zorder=0)
     axis.axvline(0, color=INK, linewidth=1)
     for index, row in enumerate(rows.values()):
-        labels = (f"{100 * row.level:.4g} % interval", "90 % interval") if index == 0 else (None, None)
+        labels = (f"{100 * row.level:.4g}% interval", "90% interval") if index == 0 else (None, None)
         axis.plot((row.low, row.high), (index, index), color=INK, linewidth=1.5, label=labels[0])
         axis.plot((row.low90, row.high90), (index, index), color=INK, linewidth=5, solid_capstyle="butt", alpha=0.5,
                   label=labels[1])
@@ -289,7 +289,7 @@ def heat_map(matrix, complete, path):
             dark = complete - value > 0.6 * np.nanmax(complete - matrix)
             axis.text(last, first, f"{value:.1f}", ha="center", va="center", color="white" if dark else "black")
     names = [str(layer + 1) for layer in range(len(matrix))]
-    axis.set(title=f"test accuracy (%) without the adapters of these layers\nwith all adapters: {complete:.1f} %",
+    axis.set(title=f"test accuracy (%) without the adapters of these layers\nwith all adapters: {complete:.1f}%",
              xlabel="last layer removed", ylabel="first layer removed", xticks=range(len(names)), xticklabels=names,
              yticks=range(len(names)), yticklabels=names)
     axis.grid(visible=False)
@@ -310,7 +310,7 @@ def spectra(series, path):
         energy = 100 * squares.cumsum(1) / squares.sum(1, keepdims=True)  # (matrices, rank)
         ranks = np.arange(1, energy.shape[1] + 1)
         enough = ranks[energy.mean(0) >= 90][0]
-        axis.plot(ranks, energy.mean(0), color=colour, label=f"{label}: 90 % at rank {enough}")
+        axis.plot(ranks, energy.mean(0), color=colour, label=f"{label}: 90% at rank {enough}")
         axis.plot(enough, energy.mean(0)[enough - 1], marker, color=colour)
         axis.fill_between(ranks, energy.min(0), energy.max(0), color=colour, alpha=0.15, linewidth=0)
     axis.axhline(90, color=INK, linestyle=":")

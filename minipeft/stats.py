@@ -20,7 +20,7 @@ def student_t(level, df):
     """Return t with P(|T| < t) = level for Student's t with a whole number of degrees of freedom.
 
     With t = sqrt(df) tan(a), that probability is a finite sum of powers of cos a (Abramowitz & Stegun 1964,
-    26.7.3-4); a is found by bisection. Above df = 1000 return the normal quantile (0.1 % smaller at 95 %).
+    26.7.3-4); a is found by bisection. Above df = 1000 return the normal quantile (0.1% smaller at 95%).
     """
     if df > 1000:
         return NormalDist().inv_cdf((1 + level) / 2)
@@ -42,7 +42,7 @@ def student_t(level, df):
 
 @dataclass(frozen=True)
 class Comparison:
-    """A paired comparison. low, high: the interval at `level`; low90, high90: the 90 % interval. runs: how many
+    """A paired comparison. low, high: the interval at `level`; low90, high90: the 90% interval. runs: how many
     pairs of runs (1: the interval is over the sentences of one run, other runs may differ). needed: if inconclusive,
     the number of folds that would settle it (beyond ten: folds of further splits); None if unknown or above 100."""
     mean: float
@@ -60,7 +60,7 @@ def judge(mean, error, df, runs, comparisons=1, margin=1.0, lower_is_better=Fals
     """Return the Comparison for a mean difference, its standard error and its degrees of freedom.
 
     - *better*, *worse*: the interval at 1 - 0.05 / comparisons excludes zero (Bonferroni);
-    - *equivalent within 1 point*: the 90 % interval lies within +-margin, that is, two one-sided tests at 5 %
+    - *equivalent within 1 point*: the 90% interval lies within +-margin, that is, two one-sided tests at 5%
       (Schuirmann 1987), not corrected for the number of comparisons; margin=None leaves this out (a loss);
     - both: "worse, but equivalent within 1 point": the difference is significant and smaller than the margin;
     - neither: *inconclusive*.

@@ -20,7 +20,7 @@ class Search:
 
 TOP_BLOCK, TOP_TWO = {"top_layers": 1}, {"top_layers": 2}
 FEW = {sentences: {"limit": sentences, "epochs": 20, "eval_every": 20}  # measuring dev takes longer than an epoch
-       for sentences in (86, 431)}  # 1 and 5 %; 60 and 280 steps
+       for sentences in (86, 431)}  # 1 and 5%; 60 and 280 steps
 SEARCHES = {
     "head": Search("head", 8e-3, 8e-3, 8e-3),
     "adapter": Search("adapter", 5e-4, 1e-3, 5e-4),
@@ -189,10 +189,10 @@ PROTOCOL = """\
   fine-tuning.
 - Intervals over folds: paired, Student's t, variance times 1/k + 1/9 for k folds, as test and training parts are 1 to
   9 (Nadeau and Bengio 2003). Better or worse: the interval at 1 - 0.05/m, for the m contrasts of a study, excludes
-  zero. Equivalent within 1 point: the 90 % interval lies within ±1. Else inconclusive. For one run, for seeds on one
+  zero. Equivalent within 1 point: the 90% interval lies within ±1. Else inconclusive. For one run, for seeds on one
   test file, and on dev, the intervals are over sentences, and over runs if there are several.
 - If accuracy leaves open which of two is better, calibrated loss may settle it, and the verdict then says so. The two
-  measures have an error of 5 % each.
+  measures have an error of 5% each.
 - Two runs are compared only if processor, device and precision agree. Costs are averaged on one machine only."""
 LIMITS = """\
 - One small encoder and one data set of short sentences, unless a section says otherwise. Other tasks may differ.
