@@ -274,7 +274,8 @@ def draw(result, findings, place):
     if shown := shown_by_bars(findings).values():
         to = {found.contrast.b for found in shown}
         bars = (f"{100 * next(iter(shown)).accuracy.level:.4g}% interval of the paired difference to "
-                f"{label(*to) if len(to) == 1 else 'the variant it is compared with'}")
+                f"{label(*to) if len(to) == 1 else 'the variant it is compared with'};\n"
+                "a bar that reaches its height: no significant difference")
     if study.references:
         main = collect(place, "techniques", result.folds).outcomes
         references = {name: mean_std(main[name].values(), "accuracy")[0] for name in ("head", "full") if main[name]}
@@ -357,8 +358,8 @@ def report_rates(place, path=""):
                                          for rule in ("accuracy", "loss", "highest"))
         claims = [{"claim": "LoRA's best learning rate is about ten times that of full fine-tuning",
                    "source": "Schulman 2025", "verdict": MEASURED, "figure": path + figures[0], "command": command,
-                   "measured": f"{by_accuracy:g} by the accuracy rule, {by_loss:g} by the loss rule, {highest:g} by "
-                               "the highest dev accuracy; the grid has factors of 2, and alpha is 16"}]
+                   "measured": f"{by_accuracy:g} times by the accuracy rule, {by_loss:g} by the loss rule, {highest:g} "
+                               "by the highest dev accuracy; the grid has factors of 2, and alpha is 16"}]
     shown = [f"![{name}]({path}{name})" for name in figures]
     return [f"`{command}`", "", *table(rates.HEADING, rows), "", *shown], claims
 

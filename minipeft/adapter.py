@@ -1,7 +1,7 @@
 """Adapters (Houlsby et al. 2019, arXiv 1902.00751) for any model made of linear and normalisation layers.
 
-A small bottleneck after each sub-layer is trained; the pretrained weights stay as they are. This file needs only
-torch: copy it as it is, call add_adapters, train the parameters that require a gradient.
+A small bottleneck at the end of each sub-layer, before its residual sum, is trained; the pretrained weights stay as
+they are. This file needs only torch: copy it as it is, call add_adapters, train the parameters that require a gradient.
 """
 import copy
 import warnings

@@ -198,9 +198,8 @@ def load_bert(folder, dropout=0.0):
     """Build the encoder that `config.json` describes and load `model.safetensors`, in fp32 and eval mode.
 
     Accepts names with or without the prefix `bert.`, LayerNorms called gamma and beta, heads of other tasks
-    (skipped), and checkpoints without a pooler. `dropout` replaces both rates of the config; the
-    default is 0, because the cached features of head tuning have none. All or nothing: raises a UserError that lists
-    everything missing, unexpected, misshaped or not implemented.
+    (skipped), and checkpoints without a pooler. `dropout` replaces both rates of the config. All or nothing: raises a
+    UserError that lists everything missing, unexpected, misshaped or not implemented.
     """
     path = Path(folder) / "model.safetensors"
     for needed in (path.with_name("config.json"), path):

@@ -86,9 +86,9 @@ class Classifier(nn.Module):
     trainable and is not wrapped.
 
     encoder: called as encoder(input_ids, attention_mask=mask); returns (batch, length, hidden), or an object that has
-    it as `last_hidden_state`, as Hugging Face encoders do. It is not changed. hidden_size: that of `encoder.config` if
-    not given. With pooling="cls" the head's dense layer starts as a copy of the encoder's pooler, if it has one: the
-    whole is then BertForSequenceClassification. Raises ValueError for another pooling.
+    it as `last_hidden_state`, as Hugging Face encoders do. hidden_size: that of `encoder.config` if not given. With
+    pooling="cls" the head's dense layer starts as a copy of the encoder's pooler, if it has one: the whole is then
+    BertForSequenceClassification. Raises ValueError for another pooling.
     """
 
     def __init__(self, encoder, classes, pooling="mean", dropout=0.1, hidden_size=None):

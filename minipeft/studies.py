@@ -181,16 +181,18 @@ PROTOCOL = """\
   epochs, and no dropout in the encoder. The hash of a text puts it into one of eleven parts. Fold i tests on part i,
   part 10 is dev, the other nine are for training.
 - All choices use dev only. Learning rates come from a grid by factors of 2 on folds 0 to 2, the best never at an
-  edge. Accuracy rule (primary; it sets train.py's defaults): the highest mean dev accuracy among rates whose
-  double loses at most 1 point. Loss rule: the lowest mean dev loss.
+  edge. Accuracy rule (primary; it sets train.py's defaults): the highest mean dev accuracy among the rates
+  that lose at most 1 point when doubled. Loss rule: the lowest mean dev loss.
 - Measures: accuracy, and calibrated loss: log loss after dividing the logits by one number, the temperature, fitted
   on the dev predictions of the run. Raw loss: without the temperature. Calibration error: the mean distance between
   confidence and accuracy, in 15 bins. Gain kept: the share of the difference between head tuning and full
   fine-tuning.
-- Intervals over folds: paired, Student's t, variance times 1/k + 1/9 for k folds, as test and training parts are 1 to
-  9 (Nadeau and Bengio 2003). Better or worse: the interval at 1 - 0.05/m, for the m contrasts of a study, excludes
-  zero. Equivalent within 1 point: the 90% interval lies within ±1. Else inconclusive. For one run, for seeds on one
-  test file, and on dev, the intervals are over sentences, and over runs if there are several.
+- Intervals over folds: paired, Student's t. Folds share training sentences, so the variance of a mean of k folds is
+  that of the differences times 1/k + 1/9, not 1/k; 1/9 is test part / training parts (Nadeau and Bengio 2003).
+  For one run, for seeds on one test file, and on dev, the intervals are over sentences, and over runs if there are
+  several.
+- Better or worse: the interval at 1 - 0.05/m, for the m contrasts of a study, excludes zero. Equivalent within 1
+  point: the 90% interval lies within ±1. Else inconclusive.
 - If accuracy leaves open which of two is better, calibrated loss may settle it, and the verdict then says so. The two
   measures have an error of 5% each.
 - Two runs are compared only if processor, device and precision agree. Costs are averaged on one machine only."""
