@@ -115,7 +115,7 @@ def measure(result, contrast):
 
 def count_pairs(found):
     """How many pairs of runs a finding rests on, in words."""
-    left_out = f", {found.left_out} left out (a run failed, or two machines)" if found.left_out else ""
+    left_out = f", {found.left_out} left out (failed, or of two machines or precisions)" if found.left_out else ""
     if found.accuracy is None:
         return f"no pair of runs{left_out}"
     return ("one run" if found.accuracy.runs == 1 else f"{found.accuracy.runs} pairs") + left_out
@@ -276,9 +276,8 @@ def draw(result, findings, place):
         bars = (f"{100 * next(iter(shown)).accuracy.level:.4g}% interval of the paired difference to "
                 f"{label(*to) if len(to) == 1 else 'the variant it is compared with'};\n"
                 "a bar that reaches its height: no significant difference")
-    if study.references:
-        main = collect(place, "techniques", result.folds).outcomes
-        references = {name: mean_std(main[name].values(), "accuracy")[0] for name in ("head", "full") if main[name]}
+    if study.references and (main := collect(place, "techniques", result.folds)).folds == result.folds:
+        references = {name: mean_std(main.outcomes[name].values(), "accuracy")[0] for name in ("head", "full")}
     ranks = bool(findings) or not study.contrasts  # not with --quick
     if ranks:
         plots.study(study.x_label, get_panels(result, findings), place.out / names[0], bars,
@@ -327,9 +326,6 @@ def report_study(place, name, path=""):
     study, result = STUDIES[name], collect(place, name, range(10))
     if not any(result.outcomes.values()):
         return [], []
-    if study.rule == "loss" and all(make_run(place, variant, 0, "loss").name == make_run(place, variant, 0).name
-                                    for variant in study.variants):
-        return ["The learning rates of both rules are equal here, or not yet searched: these are the runs above."], []
     quick = place.common.items() >= QUICK.items()
     findings = [] if quick else [measure(result, contrast) for contrast in study.contrasts]
     lines, figures = show(result, findings, place)
@@ -372,7 +368,7 @@ def read_place(out):
                         "python compare.py first")
     default, first = common_defaults(), records[0]
     shared = {name: value for name, value in first["settings"].items()
-              if name in default and all(record["settings"].get(name) == value for record in records)}
+              if name in PATHS or name in default and all(record["settings"].get(name) == value for record in records)}
     return Place(out, default | shared, first["weights_sha256"], first["data_sha256"])
 
 
@@ -383,7 +379,7 @@ def inputs(place):
 
 def check_readme(path):
     """UserError if `report` would replace a file that it did not write."""
-    if path.is_file() and not path.read_text(encoding="utf-8").startswith(TITLE + "\n"):
+    if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(TITLE + "\n"):
         raise UserError(f"{path} was not written by compare.py: choose another --out")
 
 
@@ -396,7 +392,7 @@ def report_all(place, path="", but=()):
 
 def report(place):
     """Write README.md and every figure from the records of a place and of its subfolders (other data, another
-    precision, a search). Trains nothing. Returns the sections, {heading: lines}."""
+    precision, a search), analysis.json and limits.md. Trains nothing. Returns the sections, {heading: lines}."""
     reports = report_all(place)
     claims = [row for _, rows in reports.values() for row in rows]
     if (place.out / "analysis.json").is_file():
@@ -413,7 +409,8 @@ def report(place):
     if rows:
         sections["Claims"] = table(["claim", "measured", "verdict", "figure", "command"], rows)
     sections |= {heading: lines for heading, (lines, _) in reports.items()}
-    sections["Limits"] = [LIMITS]
+    own = place.out / "limits.md"
+    sections["Limits"] = [LIMITS, *([own.read_text(encoding="utf-8").rstrip()] if own.is_file() else [])]
     command = shlex.join(["python", "compare.py", "--report", "--out", place.out.as_posix()])
     text = [TITLE, "", f"`{command}` writes this file and its figures from runs/."]
     for heading, lines in sections.items():

@@ -42,6 +42,10 @@ class Progress:
     seconds: float = 0.0                              # spent on them
     step_seconds: list = field(default_factory=list)  # of the last 1,000 steps
     history: list = field(default_factory=list)       # one row for each measured epoch
+    peak_memory_mb: float | None = None               # of all processes that the run has had
+
+    def note_memory(self, device):
+        self.peak_memory_mb = max(self.peak_memory_mb or 0, peak_memory(device) or 0) or None
 
 
 class Forward:
@@ -254,7 +258,8 @@ def evaluate_run(forward, dev_set, test_set, progress):
         parts[name] = {"lines": corpus.line[indices].tolist(), "labels": corpus.labels[indices].tolist(),
                        "logits": [[round(value, 4) for value in row] for row in logits.tolist()]}
     metrics["sentences_per_second"] = (len(dev_set) + len(test_set)) / (time.perf_counter() - started)
-    metrics |= {"train_seconds": progress.seconds, "peak_memory_mb": peak_memory(forward.compute.device)}
+    progress.note_memory(forward.compute.device)
+    metrics |= {"train_seconds": progress.seconds, "peak_memory_mb": progress.peak_memory_mb}
     metrics["step_milliseconds"] = 1000 * float(np.median(progress.step_seconds)) if progress.step_seconds else None
     return {"metrics": {name: metrics.get(name) for name in checkpoint.PARTS["metrics"]}, **parts}
 
@@ -315,6 +320,7 @@ def run(settings):
             print(f"resuming after step {progress.step}")
 
         def save():
+            progress.note_memory(compute.device)
             if parallel.is_first():
                 checkpoint.save_state(folder, model, optimizer, record, asdict(progress))
 

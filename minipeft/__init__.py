@@ -25,7 +25,7 @@ On the command line:
 
     python train.py lora --help       train one technique; the result is a run folder
     python compare.py --help          train several, and compare them
-    python -m minipeft --help         use a run: predict, export to peft and transformers, import
+    python -m minipeft --help         use a run (predict, export, import), or explain a technique
 """
 _HOLDS = {  # the docstring above has the same table
     "bert": ("Bert", "BertConfig", "load_bert", "save_bert"),

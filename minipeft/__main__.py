@@ -1,11 +1,11 @@
-"""Use a finished run: python -m minipeft predict RUN "a sentence" (--help lists the rest)."""
+"""Use a finished run, or explain a technique: python -m minipeft predict RUN "a sentence" (--help lists the rest)."""
 import csv
 import os
 import sys
 from itertools import islice
 
 from .files import UserError
-from .settings import Parser
+from .settings import Parser, number
 
 
 def add_predict(commands):
@@ -115,7 +115,8 @@ def add_explain(commands):
         "training, and what a training step needs in memory and matrix products. lora: also the merge; adapter: why it "
         "cannot be merged; head: the cache; full: how far the weights move."))
     parser.add_argument("technique", choices=("lora", "adapter", "head", "full"), help="what is explained")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of all random numbers (default: 0)")
+    parser.add_argument("--seed", metavar="N", type=number(int, 0, 2**32 - 1), default=0,
+                        help="of all random numbers (default: 0)")
     parser.add_argument("--weights", metavar="FOLDER", help="base weights (default: all-MiniLM-L6-v2, fetched once)")
     parser.set_defaults(command=explain)
 
@@ -127,11 +128,10 @@ def explain(options):
 
 def main(arguments=None):
     """Run one subcommand. Returns the exit code; a user's mistake is one line on stderr."""
-    parser = Parser(prog="python -m minipeft", description="Use a finished run.")
+    parser = Parser(prog="python -m minipeft", description="Use a finished run, or explain a technique.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (add_predict, add_export, add_import):
+    for add in (add_predict, add_export, add_import, add_explain):
         add(commands)
-    add_explain(commands)
     options = parser.parse_args(arguments)
     try:
         options.command(options)

@@ -50,7 +50,7 @@ def layer_spans(folder, weights=None):
         raise UserError(f"{folder} is not a run with adapters: choose a folder that train.py adapter wrote")
     corpus, _, test = read_data(record, weights)
     sentences, layers, correct = corpus.sentences(test), len(model.encoder.layers), {}
-    compute = Compute(precision=record["machine"]["precision"])  # as when the run was tested
+    compute = Compute(precision=record["machine"]["precision"])  # that of the run, on the CPU
     for first, last in [WHOLE, *((first, last) for last in range(layers) for first in range(last + 1))]:
         bare = copy.deepcopy(model)
         for module in bare.encoder.layers[first:last + 1].modules():
@@ -131,14 +131,16 @@ def similarity_kept(folder, weights=None, count=500, groups=10):
     """Measure how well training preserves the sentence similarities of the pretrained encoder.
 
     Returns Spearman's correlation of the pairwise cosines of mean-pooled vectors of `count` dev sentences, before and
-    after, and the same in each of `groups` disjoint parts of them.
+    after, and the same in each of `groups` disjoint parts of them (of three or more sentences).
     """
     model, record, weights = checkpoint.open_run(folder, weights)
     corpus, dev, _ = read_data(record, weights)
+    if len(dev) < 6:
+        raise UserError(f"{folder} has only {len(dev)} dev sentences, too few to measure forgetting; use larger data")
     sentences = corpus.sentences(np.random.default_rng(0).permutation(dev)[:count])
     before, after = (predict(lambda ids, mask: pool(encoder(ids, mask), mask), sentences)
                      for encoder in (load_bert(weights), model.encoder))
-    parts = np.array_split(np.arange(len(sentences)), groups)
+    parts = np.array_split(np.arange(len(sentences)), min(groups, len(sentences) // 3))
     return {"correlation": spearman(cosines(before), cosines(after)), "sentences": len(sentences),
             "groups": [spearman(cosines(before[part]), cosines(after[part])) for part in parts]}
 
@@ -290,7 +292,7 @@ def find_runs(folder):
     groups = {}
     for path in sorted(Path(folder).glob("*/run.json")):
         record = checkpoint.read_record(path)
-        if "failed" not in record:
+        if "failed" not in record and record["settings"]["epochs"]:
             rest = dict(record["settings"])
             technique, repeat = rest["technique"], (rest.pop("fold", None), rest.pop("seed"))
             default = options.defaults(technique)

@@ -9,7 +9,6 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 

@@ -233,6 +233,9 @@ def keep_machine(settings):
             setattr(settings, name, before["machine"][name])
 
 
+THEN = ", then "  # between the machines of a run that was resumed on another one
+
+
 def check_same_run(folder, before, record):
     """UserError, with the differences, unless `before` began as `record` does. Returns warnings, as lines."""
     check_weights(folder, before, record["weights_sha256"])
@@ -245,11 +248,11 @@ def check_same_run(folder, before, record):
         raise UserError(f"--resume: {folder} was started with other settings: {'; '.join(differ)}. "
                         "Give those again, or start anew with --overwrite")
     there, here = before["machine"] | before["versions"], record["machine"] | record["versions"]
-    for key in ("processor", "threads"):  # the times of this run belong to no single machine
-        if before["machine"][key] != record["machine"][key]:
-            record["machine"][key] = f"{before['machine'][key]}, then {record['machine'][key]}"
+    changed = [key for key in here if str(there.get(key)).rpartition(THEN)[2] != str(here[key])]
+    for key in ("processor", "threads"):  # the times of a run on two machines belong to neither
+        record["machine"][key] = f"{there[key]}{THEN}{here[key]}" if key in changed else there[key]
     return [f"warning: this run began with {key} {there.get(key)} and resumes with {here[key]}: the last bits may "
-            "differ" for key in here if there.get(key) != here[key]]
+            "differ" for key in changed]
 
 
 def begin(folder, record, resume, overwrite):
@@ -304,7 +307,8 @@ def load_state(folder, model, optimizer):
     progress = about["progress"]
     for name, parameter in trained(model).items():
         parameter.copy_(tensors["model." + name])
-        optimizer.state[parameter] = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS}
+        optimizer.state[parameter] = {moment: tensors[f"{moment}.{name}"].to(parameter.device, copy=True)
+                                      for moment in MOMENTS}  # a copy: Windows replaces no file that is mapped
         optimizer.state[parameter]["step"] = torch.tensor(float(progress["step"]), device=parameter.device)
     return progress
 

@@ -67,7 +67,7 @@ def read_rows(path, form):
                 yield begin, row
             begin = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}, line {begin}: {error}; check the quotation marks") from None
+        raise UserError(f"{path}, line {begin}: {error}; check quotation marks and line ends") from None
 
 
 def read_table(path, text_column, label_column):
@@ -103,7 +103,12 @@ def list_folder(folder):
 
 def read_folder(folder):
     for number, name in enumerate(list_folder(folder), 1):
-        yield number, "".join(read_lines(folder / name)).strip(), name.partition("/")[0]
+        label = name.partition("/")[0]
+        try:
+            label.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{folder}: the name of the class folder {label!a} is not UTF-8: rename it") from None
+        yield number, "".join(read_lines(folder / name)).strip(), label
 
 
 def read_file(path, text_column=None, label_column=None):

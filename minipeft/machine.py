@@ -54,7 +54,7 @@ def processor(device):
 
 
 def peak_memory(device):
-    """The most memory this process has held, in MB (of the GPU, where it trains there); None if unknown."""
+    """The most memory that this process has held, in MB (GPU memory if it trains on CUDA); None if unknown."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     status = Path("/proc/self/status")

@@ -21,7 +21,7 @@ from .files import UserError
 @contextmanager
 def processes(device):
     """Join the processes that torchrun has started, and silence all but the first. device: --device."""
-    if "WORLD_SIZE" not in os.environ:
+    if not dist.is_torchelastic_launched():
         yield
         return
     on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()

@@ -79,8 +79,8 @@ def search(name, place, jobs=0):
     return found
 
 
-HEADING = ["", "rates tried", "accuracy rule", "mean dev accuracy", "at twice the rate", "loss rule",
-           "mean dev loss"]
+HEADING = ["", "rates tried", "accuracy rule", "mean dev accuracy", "at twice the rate", "most accurate rate",
+           "mean dev accuracy", "loss rule", "mean dev loss"]
 
 
 def points(found, measure, scale=1):
@@ -99,10 +99,11 @@ def publish(place):
     chosen, rows = {}, []
     for name, found in searches.items():
         means = average(found)
-        accurate, lowest = choose(means)
-        chosen[name] = {"accuracy": accurate, "loss": lowest, "highest": most_accurate(means)}
+        (accurate, lowest), highest = choose(means), most_accurate(means)
+        chosen[name] = {"accuracy": accurate, "loss": lowest, "highest": highest}
         rows.append([label(name), f"{min(found):g} to {max(found):g}", f"{accurate:g}", f"{means[accurate][0]:.1%}",
-                     f"{means[2 * accurate][0]:.1%}", f"{lowest:g}", f"{means[lowest][1]:.3f}"])
+                     f"{means[2 * accurate][0]:.1%}", f"{highest:g}", f"{means[highest][0]:.1%}", f"{lowest:g}",
+                     f"{means[lowest][1]:.3f}"])
     drawn = {name: found for name, found in searches.items() if "limit" not in SEARCHES[name].options}
     if chosen:
         write_json(place.out / "rates.json", chosen)

@@ -16,7 +16,9 @@ import torch
 import train
 
 from . import checkpoint, data, download, stats
+from .bert import read_config
 from .files import UserError, write_json
+from .machine import choose_compute, processor
 from .settings import defaults
 from .studies import SEARCHES, STUDIES, Study
 
@@ -170,13 +172,14 @@ def start(run, jobs):
 
 
 def finish(run, process, jobs):
-    """Copy the record of a finished or failed run, and add how many runs shared the machine, which its times depend on.
+    """Copy the record of a finished or failed run, and add how many runs shared the machine: times depend on it.
     UserError, with the last line of its log, if there is no record."""
     process.join()
     if process.exitcode == 130:
         raise KeyboardInterrupt
     if process.exitcode not in (0, train.DIVERGED):
-        last = "".join(run.log.read_text(encoding="utf-8").splitlines()[-1:])
+        lines = run.log.read_text(encoding="utf-8").splitlines() if run.log.is_file() else []
+        last = lines[-1] if lines else "no output"
         raise UserError(f"{run.name} ended with exit code {process.exitcode}: {last} ({run.log})")
     record = checkpoint.read_record(Path(run.settings.out) / checkpoint.RECORD)
     record["machine"]["jobs"] = jobs
@@ -192,9 +195,21 @@ def time_left(waiting, seconds, jobs):
     return f", about {total / jobs / 60:.0f} min left"
 
 
+def choose_precision(run):
+    """What precision "auto" means for the runs of a comparison, as runs in two precisions are not compared: that of a
+    record beside this one from this processor, or else the faster one."""
+    weights = download.find_weights(run.settings.weights)
+    compute, _ = choose_compute(run.settings, read_config(weights))
+    for path in sorted(run.record.parent.glob("*.json")):
+        found = checkpoint.read_record(path)["machine"]
+        if (found["processor"], found["device"]) == (processor(compute.device), compute.device):
+            return found["precision"]
+    return compute.precision
+
+
 def train_missing(runs, jobs):
     """Train the runs that have no record yet, `jobs` at a time."""
-    runs, waiting, running, seconds, precision = {run.name: run for run in runs}.values(), [], {}, {}, None
+    runs, waiting, running, seconds = {run.name: run for run in runs}.values(), [], {}, {}
 
     def note_time(record):
         if record and "failed" not in record:
@@ -206,6 +221,11 @@ def train_missing(runs, jobs):
         if record is None:
             waiting.append(run)
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished already", flush=True)
+    new = [run for run in waiting if run.settings.precision == "auto" and not Path(run.settings.out).exists()]
+    if new:  # an unfinished run keeps its own
+        precision = choose_precision(new[0])
+        for run in new:
+            run.settings.precision = precision
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -214,17 +234,13 @@ def train_missing(runs, jobs):
                 number = len(runs) - len(waiting)
                 if load(run):  # another compare.py has finished it meanwhile
                     continue
-                if precision and run.settings.precision == "auto" and not Path(run.settings.out).exists():
-                    run.settings.precision = precision  # as the runs before: a new measurement may differ
                 print(f"{run.name}: run {number} of {len(runs)}{left}; output in {run.log}", flush=True)
                 process = start(run, jobs)
                 running[process.sentinel] = run, process
             for sentinel in wait(running) if running else ():
                 run, process = running.pop(sentinel)
                 finish(run, process, jobs)
-                record = load(run)
-                precision = record["machine"]["precision"]
-                note_time(record)
+                note_time(load(run))
     finally:
         for _, process in running.values():
             process.terminate()

@@ -6,6 +6,7 @@ plots loop over this table. Nothing slow is imported, so --help and option error
 import argparse
 import math
 import shlex
+import sys
 from dataclasses import dataclass
 
 
@@ -15,6 +16,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options,
                          formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100))
+
+    def parse_known_args(self, arguments=None, namespace=None):
+        for argument in sys.argv[1:] if arguments is None else arguments:
+            try:
+                argument.encode()
+            except UnicodeEncodeError:  # a path in another encoding, which no JSON record can hold
+                self.error(f"{argument!a} is not UTF-8 text: rename the file or folder")
+        return super().parse_known_args(arguments, namespace)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the options)\n")
@@ -137,8 +146,9 @@ def add_run(parser, technique):
                        help="how often to save the state (default: 100)")
     group.add_argument("--eval-every", metavar="EPOCHS", type=count, default=1,
                        help="how often to measure dev; the last epoch always is (default: 1)")
-    group.add_argument("--resume", action="store_true", help="resume an unfinished run")
-    group.add_argument("--overwrite", action="store_true", help="replace an existing run")
+    existing = group.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="resume an unfinished run")
+    existing.add_argument("--overwrite", action="store_true", help="replace an existing run")
     if technique.options:
         group = parser.add_argument_group(technique.label)
     for name, default in technique.options.items():

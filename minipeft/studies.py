@@ -9,7 +9,7 @@ from .settings import LINEAR_LAYERS, TECHNIQUES
 @dataclass(frozen=True)
 class Search:
     """The learning rates of a technique with these options. start: where the search begins; accuracy, loss: what
-    `compare.py --rates` chose by each rule (rates.json in results/fp32 and results/search; LIMITS names the others).
+    `compare.py --rates` chose by each rule (rates.json in results/fp32 and results/search; results/limits.md names the others).
     A technique's rate by accuracy is train.py's default."""
     technique: str
     start: float
@@ -198,17 +198,9 @@ PROTOCOL = """\
 - Two runs are compared only if processor, device and precision agree. Costs are averaged on one machine only."""
 LIMITS = """\
 - One small encoder and one data set of short sentences, unless a section says otherwise. Other tasks may differ.
-- Learning rates of head tuning, LoRA and full fine-tuning were searched in fp32 on another processor (fp32/), those of
-  adapters, BitFit and the last block in bf16, two runs at a time (search/). Those of two blocks and few sentences are
-  of an earlier search by dev loss, whose records are not kept.
-- The adapters' rate was a close call. 2e-3 has 0.8 points more dev accuracy than 1e-3, but 4e-3 has 1.004 points less
-  than 2e-3, and the rule allows 1. And 1e-3 is ahead of 5e-4 by one of 2,889 predictions: the same three runs on two
-  threads instead of one are one behind. The study "doubling" shows what the rule costs adapters and LoRA.
-- Encoder dropout of 0.1 instead of 0 makes no significant difference on dev, to full fine-tuning or to LoRA (study
-  "dropout", three folds).
 - In the studies of rank, bottleneck and initialisation, all variants have one learning rate: that of rank 8,
   bottleneck 32 and standard deviation 0.01. With rates of their own, results could differ.
-- Dev has about a thousand sentences and rates were searched on three folds: neighbouring rates can be equally good.
+- Rates are searched on three folds, and dev has about a thousand sentences: neighbouring rates can be equally good.
 - The number of folds needed takes mean and variance found so far as the true ones: a rough guess. Beyond ten they are
   folds of further splits.
 - The correction for folds is an approximation. ± is the standard deviation over runs, not an interval.
