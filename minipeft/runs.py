@@ -224,6 +224,7 @@ def train_missing(runs, jobs):
     new = [run for run in waiting if run.settings.precision == "auto" and not Path(run.settings.out).exists()]
     if new:  # an unfinished run keeps its own
         precision = choose_precision(new[0])
+        print(f"precision of new runs: {precision}", flush=True)
         for run in new:
             run.settings.precision = precision
     try:
