@@ -275,7 +275,7 @@ def draw(result, findings, place):
         to = {found.contrast.b for found in shown}
         bars = (f"{100 * next(iter(shown)).accuracy.level:.4g}% interval of the paired difference to "
                 f"{label(*to) if len(to) == 1 else 'the variant it is compared with'};\n"
-                "a bar that reaches its height: no significant difference")
+                "a bar that reaches its height: no significant difference; no bar: not compared")
     if study.references and (main := collect(place, "techniques", result.folds)).folds == result.folds:
         references = {name: mean_std(main.outcomes[name].values(), "accuracy")[0] for name in ("head", "full")}
     ranks = bool(findings) or not study.contrasts  # not with --quick

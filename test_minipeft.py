@@ -2668,8 +2668,9 @@ def test_the_close_call_in_the_limits_is_that_of_the_records():
     assert f"4e-3 has {100 * (two - four) / 2889:.3f} points less" in limits
     assert (one - half, right("runs", "0.001") - half) == (1, -1) and "by one of 2,889 predictions" in limits
     dropout = compare.collect(compare.read_place(ROOT / "results"), "dropout", range(3))
-    for contrast in dropout.study.contrasts:  # "no significant difference"
-        assert compare.measure(dropout, contrast).accuracy.verdict == stats.INCONCLUSIVE
+    found = [compare.measure(dropout, contrast).accuracy for contrast in dropout.study.contrasts]
+    assert [one.verdict for one in found] == [stats.INCONCLUSIVE] * 2
+    assert "by {:+.2f} points (full fine-tuning) and {:+.2f} (LoRA)".format(*(one.mean for one in found)) in limits
 
 
 # -- runs -------------------------------------------------------------------------------------------------
@@ -3287,6 +3288,8 @@ def test_the_results_in_the_readme_are_those_of_the_records():
     memory = {name: compare.mean_std(found.values(), "peak_memory_mb")[0] for name, found in result.outcomes.items()}
     assert f"only {1 - memory['lora'] / memory['full']:.0%} below that of full fine-tuning" in README
     assert f"each of {sum(run.scores.shape[1] for run in result.outcomes['full'].values()):,} sentences" in shown
+    high = compare.measure(compare.collect(place, "doubling", range(10)), Contrast("adapter lr 0.002", "full lr 2.5e-05"))
+    assert f"{high.accuracy.mean:+.2f} at their most accurate dev rate".replace("-", "−") in shown
     for study in ("rank", "bottleneck", "init", "light"):
         result = compare.collect(place, study, range(10))
         found = [compare.measure(result, contrast) for contrast in result.study.contrasts

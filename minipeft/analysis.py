@@ -191,7 +191,7 @@ def claim_layers(found):
     lower = as_verdict(rows["lower half instead of upper half"]["verdict"])  # better without them: they matter less
     runs = "one run" if found["runs"] == 1 else f"{found['runs']} runs"
     return {"claim": "adapters: no single layer matters much, all together do, lower layers less than upper ones",
-            "source": "Houlsby et al. 2019, section 3.6, figure 6 (left)",
+            "source": "Houlsby et al. 2019, section 3.6, figure 6 (left, centre)",
             "measured": f"{runs}, {found['complete']:.1f}% with all adapters. Removed: the worst single layer "
                         f"({found['worst'] + 1}) {single}; all {everything}; the lower half instead of the upper half "
                         f"{halves}",

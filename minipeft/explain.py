@@ -299,14 +299,14 @@ def adapter(lesson):
         With std 1 the pretrained features are lost. Without the inner skip they are lost, too: y is then almost
         zero instead of h.""")
 
-    step("3. The first gradients: why the start is not exactly zero")
+    step("3. The first gradients: why not both matrices are zero")
     say("With g = dL/dy and low = GELU(W_down h + b_down), the chain rule gives, summed over all tokens,")
     show("dL/dW_up = g low^T     dL/dW_down = (W_up^T g * GELU') h^T     dL/db_up = g", "")
     table((14, 15, 15, 15, 0), ("start", "|dL/dW_down|", "|dL/dW_up|", "|dL/db_up|", "|dL/d norm weight|"),
           ("std 0.01", *(f"{norm:.4f}" for norm in adapter_gradients(lesson))),
           ("all zero", *(f"{norm:.4f}" for norm in adapter_gradients(lesson, zero=True))))
     say("""From zero, low and W_up are zero and stay zero: neither matrix ever has a gradient, and only b_up
-        learns. The norms have gradients from the start, and few parameters: they rescale and shift every hidden
+        learns. One of the two may be zero. The norms have gradients from the start, and few parameters: they rescale and shift every hidden
         dimension.""")
 
     ten_steps(4, lesson, model, "adapter")

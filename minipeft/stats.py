@@ -157,7 +157,7 @@ def temperature(logits, labels):
 
 
 def expected_calibration_error(logits, labels, bins=15):
-    """Return the mean |accuracy - confidence| over equal bins of the largest probability (Guo et al. 2017, eq. 5)."""
+    """Return the mean |accuracy - confidence| over equal bins of the largest probability (Guo et al. 2017, eq. 3)."""
     probabilities = np.exp(log_probabilities(logits))
     gap = (probabilities.argmax(1) == labels) - probabilities.max(1)
     bin_of = np.ceil(probabilities.max(1) * bins)  # bin b holds ((b - 1) / bins, b / bins]
