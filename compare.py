@@ -409,8 +409,10 @@ def report(place):
     if rows:
         sections["Claims"] = table(["claim", "measured", "verdict", "figure", "command"], rows)
     sections |= {heading: lines for heading, (lines, _) in reports.items()}
+    sections["Limits"] = [LIMITS]
     own = place.out / "limits.md"
-    sections["Limits"] = [LIMITS, *([own.read_text(encoding="utf-8").rstrip()] if own.is_file() else [])]
+    if own.is_file():
+        sections["Limits"].append(own.read_text(encoding="utf-8").rstrip())
     command = shlex.join(["python", "compare.py", "--report", "--out", place.out.as_posix()])
     text = [TITLE, "", f"`{command}` writes this file and its figures from runs/."]
     for heading, lines in sections.items():

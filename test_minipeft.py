@@ -783,7 +783,8 @@ def test_merged_lora_equals_unmerged_and_is_rounded_once(tiny, dtype, close):
     assert merge_lora(encoder) == swapped and len(swapped) == 4
     assert list(dict(encoder.named_modules())) == names and type(encoder.layers[0].attention.query) is nn.Linear
     weight = encoder.layers[0].attention.query.weight  # all but ties are the exact sum, rounded
-    assert not weight.requires_grad and weight.dtype == dtype and torch.isclose(weight, exact.to(dtype), 1e-5, 1e-7).float().mean() > 0.99
+    assert weight.dtype == dtype and not weight.requires_grad
+    assert torch.isclose(weight, exact.to(dtype), 1e-5, 1e-7).float().mean() > 0.99
     assert (encoder(random_ids()) - unmerged).abs().max() < close
     after = bits(encoder)
     assert merge_lora(encoder) == [] and same_bits(bits(encoder), after)  # a second call does nothing
@@ -3288,7 +3289,8 @@ def test_the_results_in_the_readme_are_those_of_the_records():
     memory = {name: compare.mean_std(found.values(), "peak_memory_mb")[0] for name, found in result.outcomes.items()}
     assert f"only {1 - memory['lora'] / memory['full']:.0%} below that of full fine-tuning" in README
     assert f"each of {sum(run.scores.shape[1] for run in result.outcomes['full'].values()):,} sentences" in shown
-    high = compare.measure(compare.collect(place, "doubling", range(10)), Contrast("adapter lr 0.002", "full lr 2.5e-05"))
+    doubling = compare.collect(place, "doubling", range(10))
+    high = compare.measure(doubling, Contrast("adapter lr 0.002", "full lr 2.5e-05"))
     assert f"{high.accuracy.mean:+.2f} at their most accurate dev rate".replace("-", "−") in shown
     for study in ("rank", "bottleneck", "init", "light"):
         result = compare.collect(place, study, range(10))

@@ -306,8 +306,8 @@ def adapter(lesson):
           ("std 0.01", *(f"{norm:.4f}" for norm in adapter_gradients(lesson))),
           ("all zero", *(f"{norm:.4f}" for norm in adapter_gradients(lesson, zero=True))))
     say("""From zero, low and W_up are zero and stay zero: neither matrix ever has a gradient, and only b_up
-        learns. One of the two may be zero. The norms have gradients from the start, and few parameters: they rescale and shift every hidden
-        dimension.""")
+        learns. One of the two may be zero. The norms have gradients from the start, and few parameters: they
+        rescale and shift every hidden dimension.""")
 
     ten_steps(4, lesson, model, "adapter")
     say("""An adapter cannot be merged: GELU stands between its two matrices, so no matrix W can replace them. It

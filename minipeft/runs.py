@@ -200,9 +200,10 @@ def choose_precision(run):
     record beside this one from this processor, or else the faster one."""
     weights = download.find_weights(run.settings.weights)
     compute, _ = choose_compute(run.settings, read_config(weights))
+    here = processor(compute.device), compute.device
     for path in sorted(run.record.parent.glob("*.json")):
         found = checkpoint.read_record(path)["machine"]
-        if (found["processor"], found["device"]) == (processor(compute.device), compute.device):
+        if (found["processor"], found["device"]) == here:
             return found["precision"]
     return compute.precision
 

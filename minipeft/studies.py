@@ -9,8 +9,8 @@ from .settings import LINEAR_LAYERS, TECHNIQUES
 @dataclass(frozen=True)
 class Search:
     """The learning rates of a technique with these options. start: where the search begins; accuracy, loss: what
-    `compare.py --rates` chose by each rule (rates.json in results/fp32 and results/search; results/limits.md names the others).
-    A technique's rate by accuracy is train.py's default."""
+    `compare.py --rates` chose by each rule (rates.json in results/fp32 and results/search; results/limits.md names the
+    others). A technique's rate by accuracy is train.py's default."""
     technique: str
     start: float
     accuracy: float
@@ -146,8 +146,7 @@ STUDIES = {
          Contrast("adapter init_std 1", "adapter init_std 0.01", "worse")], references=True),
     "data": Study(
         "with about a hundred sentences, LoRA and adapters beat full fine-tuning (with a thousand, they do not)",
-        "Hu et al., appendix F.3, table 16 (LoRA)",
-        "training sentences",
+        "Hu et al., appendix F.3, table 16 (LoRA)", "training sentences",
         [Variant(f"{technique}-{sentences}", technique, options, technique, sentences)
          for sentences, options in FEW.items() for technique in ("adapter", "lora", "full")],
         [Contrast(f"{technique}-{sentences}", f"full-{sentences}", "better" if sentences == 86 else None)
