@@ -38,10 +38,10 @@ def parse(arguments):
                       f"folds 0 to 2 (with --test: seeds): {', '.join(SEARCHES)} (default: {' '.join(whole)})")
     mode.add_argument("--report", action="store_true", help="train nothing: README.md and figures from the records")
     parser.add_argument("--folds", "--seeds", metavar="N", type=options.number(int, 1, 10),
-                        help="test on N of the ten folds (default: 3; for a study what studies.py says); with --test, "
-                             "which names the test set, repeat with N seeds (default: 1)")
+                        help="test on N of the ten folds (default: 3; with --study, see minipeft/studies.py); with "
+                             "--test, which names the test set, repeat with N seeds (default: 1)")
     parser.add_argument("--jobs", metavar="N", type=options.count, default=1,
-                        help="run N at a time, each on its share of the cores (default: 1, which times need)")
+                        help="run N at a time, each on its share of the cores (default: 1, for reliable times)")
     parser.add_argument("--out", metavar="FOLDER", type=Path,
                         help="default: runs/comparison; runs/quick with --quick; results with --report")
     options.add_common(parser)
@@ -74,6 +74,7 @@ if __name__ == "__main__":
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 from numpy import nan
 
@@ -98,6 +99,13 @@ class Finding:
         return f"{label(self.contrast.a)} - {label(self.contrast.b)}"
 
 
+def leaves_open(expected, found):
+    """True if a comparison of accuracies does not settle what a claim expects (None: no claim)."""
+    if expected == "equivalent":
+        return "equivalent" not in found.verdict and found.low <= 1 and found.high >= -1
+    return found.verdict == stats.INCONCLUSIVE
+
+
 def measure(result, contrast):
     """The Finding of a contrast, from pairs of finished runs of one machine."""
     a, b = result.outcomes[contrast.a], result.outcomes[contrast.b]
@@ -108,7 +116,7 @@ def measure(result, contrast):
         rule = {"part": result.study.part, "seeds": "test" in pairs[0][0].record["settings"],
                 "comparisons": len(result.study.contrasts)}
         accuracy, loss = zip(*scores)
-        accuracy = stats.compare(accuracy, **rule)
+        accuracy = stats.compare(accuracy, is_open=partial(leaves_open, contrast.expected), **rule)
         loss = stats.compare(loss, margin=None, lower_is_better=True, **rule)
     return Finding(contrast, accuracy, loss, len(result.folds) - len(scores))
 
@@ -149,11 +157,11 @@ def verdict_on_claim(found):
         verdict = f"confirmed{by}" + (" (within 1 point)" if expected == "equivalent" else "")
     elif measured == stats.INCONCLUSIVE:
         verdict = f"{measured} ({accuracy.needed} folds needed)" if accuracy.needed else measured
-    elif expected == "equivalent" and accuracy.low <= 1 and accuracy.high >= -1:
+    elif expected == "equivalent" and leaves_open(expected, accuracy):
         verdict = f"{stats.INCONCLUSIVE} ({measured}, perhaps by less than 1 point)"
     else:
-        word = "not confirmed" if measured.startswith("equivalent") else f"contradicted{by}"
-        verdict = f"{word} ({measured})"
+        against = "not confirmed" if measured.startswith("equivalent") else f"contradicted{by}"
+        verdict = f"{against} ({measured})"
     return f"{verdict}, one run" if accuracy.runs == 1 else verdict
 
 
@@ -273,9 +281,9 @@ def draw(result, findings, place):
     study, names, bars, references = result.study, [f"{result.name}.png"], None, {}
     if shown := shown_by_bars(findings).values():
         to = {found.contrast.b for found in shown}
-        bars = (f"{100 * next(iter(shown)).accuracy.level:.4g}% interval of the paired difference to "
-                f"{label(*to) if len(to) == 1 else 'the variant it is compared with'};\n"
-                "a bar that reaches its height: no significant difference; no bar: not compared")
+        other = label(*to) if len(to) == 1 else "the variant it is compared with"
+        bars = (f"{100 * next(iter(shown)).accuracy.level:.4g}% interval of the paired difference to {other};\n"
+                f"a bar that includes the value of {other}: no significant difference")
     if study.references and (main := collect(place, "techniques", result.folds)).folds == result.folds:
         references = {name: mean_std(main.outcomes[name].values(), "accuracy")[0] for name in ("head", "full")}
     ranks = bool(findings) or not study.contrasts  # not with --quick
@@ -296,8 +304,8 @@ def draw(result, findings, place):
 
 # -- report -----------------------------------------------------------------------------------------------
 
-MEASURED = "no verdict: measured only"
-TITLE = "# Results"
+MEASURED = "none: measured only"
+TITLE = "# Results\n\n`python compare.py --report"
 
 
 def show(result, findings, place):
@@ -311,12 +319,13 @@ def show(result, findings, place):
     return lines, draw(result, findings, place)
 
 
-def command_of(place, *words):
-    """The command line with these words that makes runs of this place."""
-    words = list(words)
-    default = common_defaults()
+def command_of(place, plans, *words):
+    """The command line with these words that makes runs of this place. plans: the variants or searches that it runs,
+    which set some options themselves."""
+    words, default = list(words), common_defaults()
+    taken = set().union(*(plan.options for plan in plans))
     for name, value in place.common.items():
-        if value != default[name]:
+        if value != default[name] and name not in taken:
             words += "--" + name.replace("_", "-"), word(value)
     return shlex.join(["python", "compare.py", *words, "--out", place.out.as_posix()])
 
@@ -335,7 +344,7 @@ def report_study(place, name, path=""):
     measured = [describe(found) for found in findings] or find_best(result)
     judged = [found for found in findings if found.contrast.expected]
     verdicts = [f"{found.name}: {verdict_on_claim(found)}" for found in judged] or [MEASURED]
-    command = command_of(place, "--study", name, "--folds", str(len(result.folds)))
+    command = command_of(place, study.variants, "--study", name, "--folds", str(len(result.folds)))
     lines = [f"{study.claim} ({study.source}): `{command}`", "", *(f"- {line}" for line in measured),
              *(f"- Verdict: {line}" for line in verdicts), "", *lines]
     measured = [brief(found) for found in judged or findings] or measured
@@ -348,7 +357,7 @@ def report_rates(place, path=""):
     chosen, rows, figures = rates.publish(place)
     if not chosen:
         return [], []
-    command, claims = command_of(place, "--rates", *chosen), []
+    command, claims = command_of(place, map(SEARCHES.get, chosen), "--rates", *chosen), []
     if {"lora", "full"} <= chosen.keys():
         by_accuracy, by_loss, highest = (chosen["lora"][rule] / chosen["full"][rule]
                                          for rule in ("accuracy", "loss", "highest"))
@@ -379,7 +388,7 @@ def inputs(place):
 
 def check_readme(path):
     """UserError if `report` would replace a file that it did not write."""
-    if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(TITLE + "\n"):
+    if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(TITLE):
         raise UserError(f"{path} was not written by compare.py: choose another --out")
 
 
@@ -413,8 +422,7 @@ def report(place):
     own = place.out / "limits.md"
     if own.is_file():
         sections["Limits"].append(own.read_text(encoding="utf-8").rstrip())
-    command = shlex.join(["python", "compare.py", "--report", "--out", place.out.as_posix()])
-    text = [TITLE, "", f"`{command}` writes this file and its figures from runs/."]
+    text = [f"{TITLE} --out {shlex.quote(place.out.as_posix())}` writes this file and its figures; it trains nothing."]
     for heading, lines in sections.items():
         if lines:
             text += ["", f"## {heading}", "", *lines]

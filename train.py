@@ -58,18 +58,18 @@ class Forward:
     def __init__(self, model, corpus, compute):
         self.model, self.corpus, self.compute = model, corpus, compute
         self.labels = torch.from_numpy(corpus.labels).to(compute.device)
-        self.frozen = not any(parameter.requires_grad for parameter in model.encoder.parameters())
+        self.use_cache = not any(parameter.requires_grad for parameter in model.encoder.parameters())
         self.whole, self.head = model, model.head
-        if not self.frozen:
-            self.whole = parallel.distribute(model, model.head.dropout)
-        else:
+        if self.use_cache:
             self.head = parallel.distribute(model.head, model.head.dropout)
             self.features = torch.zeros(len(corpus), model.head.dense.in_features, device=compute.device)
             self.cached = np.zeros(len(corpus), bool)
+        else:
+            self.whole = parallel.distribute(model, model.head.dropout)
 
     def cache(self, indices):
         """Compute the features of these sentences, unless they are known or the encoder is trained."""
-        if self.frozen and not self.cached[indices].all():
+        if self.use_cache and not self.cached[indices].all():
             indices = indices[~self.cached[indices]]
             self.model.eval()
             found = self.predict(self.model.features, indices, "encoding once")
@@ -79,7 +79,7 @@ class Forward:
     def logits(self, indices):
         """Logits for a training step, with dropout and gradients: (len(indices), classes)."""
         self.model.train()
-        if self.frozen:
+        if self.use_cache:
             return self.head(self.features[indices])
         with self.compute.autocast():
             return self.whole(*self.compute.pad(self.corpus.sentences(indices)))
@@ -96,7 +96,7 @@ class Forward:
         """
         self.cache(indices)
         self.model.eval()
-        if self.frozen:
+        if self.use_cache:
             with torch.no_grad():
                 logits = self.model.head(self.features[indices]).cpu()
         else:
@@ -250,7 +250,7 @@ def make_optimizer(model, settings):
 def evaluate_run(forward, dev_set, test_set, progress):
     """Evaluate the model as it will be used, LoRA merged: {"metrics", "dev", "test"}. The only use of the test set."""
     merge_lora(forward.model)
-    forward.frozen = False  # no cached features: the time of inference includes the encoder
+    forward.use_cache = False  # the time of inference includes the encoder
     corpus, metrics, parts, started = forward.corpus, dict(progress.history[-1]), {}, time.perf_counter()
     for name, indices in (("dev", dev_set), ("test", test_set)):
         metrics[f"{name}_loss"], metrics[f"{name}_accuracy"], logits = forward.evaluate(indices, name)
@@ -312,7 +312,7 @@ def run(settings):
               f"on {chosen}", *parallel.describe(model, counts["trainable"]), *warnings, sep="\n", flush=True)
 
         model.to(compute.device)
-        fast.speed_up(model, compute.device, compute.precision)
+        fast.speed_up(model, compute.device, compute.precision)  # on a CPU: faster layers that compute the same
         optimizer = make_optimizer(model, settings)
         progress = Progress()
         if settings.resume and (folder / checkpoint.STATE).is_file():
@@ -333,7 +333,7 @@ def run(settings):
             raise
         saved = folder / "model.safetensors"
         if parallel.is_first():
-            checkpoint.write_tensors(saved, trained(model))
+            checkpoint.write_tensors(saved, trained(model))  # before evaluate_run merges LoRA
         record |= {"history": progress.history, **evaluate_run(forward, dev_set, test_set, progress)}
         if not parallel.is_first():
             return record

@@ -6,6 +6,7 @@
 Each function returns plain numbers. `main` writes them to analysis.json, with one row a claim, and draws figures.
 """
 import copy
+import shlex
 import sys
 import timeit
 from pathlib import Path
@@ -79,10 +80,11 @@ def compare_spans(runs, seeds=False):
 
 # -- the spectrum of the update ---------------------------------------------------------------------------
 
-def rank_of_energy(values, share=0.9):
-    """The smallest r with s_1^2 + ... + s_r^2 >= share of the sum over all singular values (largest first)."""
-    energy = np.square(np.asarray(values, dtype=float)).cumsum()
-    return int(np.searchsorted(energy, share * energy[-1] * (1 - 1e-12)) + 1)
+def rank_of_energy(energies, share=0.9):
+    """The smallest r with e_1 + ... + e_r >= share of the sum of all energies: squared singular values, largest
+    first."""
+    total = np.cumsum(energies)
+    return int(np.searchsorted(total, share * total[-1] * (1 - 1e-12)) + 1)
 
 
 def intruders(before, after, top=10, cosine=0.5):
@@ -105,7 +107,7 @@ def update_spectrum(folder, weights=None):
             if torch.equal(before, after):
                 continue
             values = torch.linalg.svdvals(after - before)
-            result[name] = {"values": values.tolist(), "rank": rank_of_energy(values),
+            result[name] = {"values": values.tolist(), "rank": rank_of_energy(values ** 2),
                             "intruders": intruders(before, after)}
     return result
 
@@ -170,9 +172,13 @@ def latency(weights, size, rounds=20, calls=20, tokens=TOKENS):
 # -- the claims -------------------------------------------------------------------------------------------
 
 def span(row, unit=" points", digits=1):
-    """A paired difference in words, from the dict of a stats.Comparison."""
+    """A paired difference in words, from the dict of a stats.Comparison. Its interval's level goes with `at_level`."""
     mean, low, high = (f"{row[key]:+.{digits}f}" for key in ("mean", "low", "high"))
     return f"{mean}{unit} [{low}, {high}]"
+
+
+def at_level(row):
+    return f" (intervals at {100 * row['level']:.4g}%)"
 
 
 def as_verdict(word):
@@ -194,7 +200,7 @@ def claim_layers(found):
             "source": "Houlsby et al. 2019, section 3.6, figure 6 (left, centre)",
             "measured": f"{runs}, {found['complete']:.1f}% with all adapters. Removed: the worst single layer "
                         f"({found['worst'] + 1}) {single}; all {everything}; the lower half instead of the upper half "
-                        f"{halves}",
+                        f"{halves}{at_level(rows['all layers'])}",
             "verdict": f"{runs}. Removing the worst single layer: {rows['worst single layer']['verdict']}; removing "
                        f"all: {rows['all layers']['verdict']}; lower layers matter less than upper ones: {lower}",
             "figure": "removed.png"}
@@ -210,7 +216,7 @@ def claim_spectrum(found):
     """found: {technique: [result of update_spectrum for each run]}, with full and lora. All matrices have the same full
     rank."""
     full, lora = mean_energy(found["full"]), mean_energy(found["lora"])
-    needed, rank = (rank_of_energy(np.sqrt(energy)) for energy in (full, lora))
+    needed, rank = (rank_of_energy(energy) for energy in (full, lora))
     most, runs = int((lora > 1e-12).sum()), each(len(found["full"]))
     matrices = {name: sum(map(len, rows)) for name, rows in found.items()}
     new = {name: sum(row["intruders"] for run in rows for row in run.values()) for name, rows in found.items()}
@@ -237,7 +243,7 @@ def claim_forgetting(found, seeds=False):
             "source": "Biderman et al. 2024, arXiv 2405.09673",
             "measured": f"{runs}. Rank correlation of sentence similarities with the untouched model (1), "
                         f"{found['full'][0]['sentences']} dev sentences: {means}. LoRA - full in {len(pairs[0])} "
-                        f"groups of sentences: {span(pair, '', 3)}",
+                        f"groups of sentences: {span(pair, '', 3)}{at_level(pair)}",
             "verdict": f"{runs}. LoRA stays closer: {as_verdict(pair['verdict'])}. What the encoder can still do was "
                        "not measured", "figure": None}
 
@@ -254,7 +260,8 @@ def claim_memory(found):
     if all(steps) and steps[0]["machine"] == steps[1]["machine"]:
         one, other = (np.mean(row["milliseconds"]) for row in steps)
         runs = each(min(len(row["milliseconds"]) for row in steps))
-        seconds = f"step time {one:.0f} ms (full), {other:.0f} ms (LoRA), {1 - other / one:.0%} less, {runs}"
+        seconds = (f"step time in {steps[0]['machine']['precision']} {one:.0f} ms (full), {other:.0f} ms (LoRA), "
+                   f"{1 - other / one:.0%} less, {runs}")
     without, together = saved(*states), saved(*states, "activations")
     return {"claim": "LoRA needs up to two thirds less memory than full fine-tuning with Adam, and is 25% faster",
             "source": "Hu et al. 2021, section 4.2",
@@ -278,9 +285,10 @@ def claim_latency(found, processor):
                                      comparisons=len(found) * (len(VARIANTS) - 1), lower_is_better=True))
             parts.append(f"{name} {span(pair, '%')}")
             words.append(f"batch {size}, {name}: {pair['verdict']}")
-    return {"claim": "merged LoRA costs nothing in inference; adapters cost most at batch 1",
+    return {"claim": "merged LoRA costs nothing in inference; adapters slow it, most in small batches",
             "source": "Hu et al. 2021, section 3 and table 1",
-            "measured": f"{processor}, {torch.get_num_threads()} threads, {TOKENS} tokens. {'; '.join(parts)}",
+            "measured": f"{processor}, {torch.get_num_threads()} threads, fp32, {TOKENS} tokens. {'; '.join(parts)}"
+                        f"{at_level(pair)}",
             "verdict": f"time against the base model: {'; '.join(words)}", "figure": None}
 
 
@@ -355,17 +363,18 @@ def main(arguments=None):
     parser.add_argument("--latency", action="store_true", help="measure inference only; needs a quiet machine")
     given = parser.parse_args(arguments)
     try:
-        path, command = Path(given.out) / "analysis.json", "python -m minipeft.analysis"
+        path, command = Path(given.out) / "analysis.json", ["python", "-m", "minipeft.analysis", "--out", given.out]
+        for option in ("runs", "weights"):
+            if getattr(given, option) and not given.latency:
+                command += [f"--{option}", getattr(given, option)]
         if given.latency:
             found = {size: latency(download.find_weights(given.weights), size) for size in (1, SENTENCES)}
             sections = {"latency": found | {"row": claim_latency(found, processor("cpu"))}}
-            command += " --latency"
+            command.append("--latency")
         else:
             sections = analyse(Path(given.out), given.runs, given.weights)
-            if given.runs:
-                command += f" --runs {given.runs}"
         for section in sections.values():
-            section["row"]["command"] = command
+            section["row"]["command"] = shlex.join(command)
         content = (read_json(path) if path.is_file() else {}) | sections
         content["claims"] = [section["row"] for name, section in content.items() if name != "claims"]
         write_json(path, content)

@@ -239,11 +239,12 @@ THEN = ", then "  # between the machines of a run that was resumed on another on
 def check_same_run(folder, before, record):
     """UserError, with the differences, unless `before` began as `record` does. Returns warnings, as lines."""
     check_weights(folder, before, record["weights_sha256"])
-    old, new = ({**run["settings"], "classes": run["classes"], "data": run["data_sha256"], "test": None,
+    old, new = ({**run["settings"], "classes": run["classes"], "data": run["data_sha256"],
+                 "test": None, "weights": None,  # hashes decide, not paths
                  "device": run["machine"]["device"], "precision": run["machine"]["precision"]}
                 for run in (before, record))
     differ = [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in old | new
-              if old.get(key) != new.get(key) and key != "weights"]  # hashes decide, not paths
+              if old.get(key) != new.get(key)]
     if differ:
         raise UserError(f"--resume: {folder} was started with other settings: {'; '.join(differ)}. "
                         "Give those again, or start anew with --overwrite")
@@ -308,7 +309,7 @@ def load_state(folder, model, optimizer):
     for name, parameter in trained(model).items():
         parameter.copy_(tensors["model." + name])
         optimizer.state[parameter] = {moment: tensors[f"{moment}.{name}"].to(parameter.device, copy=True)
-                                      for moment in MOMENTS}  # a copy: Windows replaces no file that is mapped
+                                      for moment in MOMENTS}  # a copy: Windows cannot replace a mapped file
         optimizer.state[parameter]["step"] = torch.tensor(float(progress["step"]), device=parameter.device)
     return progress
 
@@ -325,5 +326,5 @@ def write_predictions(path, record):
             rows = record[part]
             probabilities = torch.tensor(rows["logits"], dtype=torch.float64).softmax(1).tolist()
             for line, label, row in zip(rows["lines"], rows["labels"], probabilities):
-                best = classes[max(range(len(row)), key=row.__getitem__)]
+                best = classes[row.index(max(row))]
                 writer.writerow([part, line, classes[label], best, *(f"{value:.4f}" for value in row)])

@@ -206,7 +206,8 @@ def hash_text(text):
 
 
 def check_labels(corpus):
-    """Raise UserError unless there are two classes with two sentences each, and the test set has no other class."""
+    """Raise UserError unless there are at least two classes, each with two sentences or more, and the test set has no
+    other class."""
     path = corpus.files[-1]
     counts = np.bincount(corpus.labels[corpus.file == len(corpus.files) - 1], minlength=len(corpus.classes))
     if np.count_nonzero(counts) == 1:

@@ -221,8 +221,8 @@ def lora(lesson):
     opening(lesson, "LoRA (Hu et al. 2021)", "h = W0 x + (alpha / rank) B A x")
 
     step("1. What is swapped")
-    say("""W0 is frozen. Each linear layer gets two thin matrices, A and B, and only they are trained. Their
-        product B A has the shape of W0, but its rank is at most r.""")
+    say("""W0 is frozen. Each linear layer gets two thin matrices, A and B, and in the encoder only they are
+        trained. Their product B A has the shape of W0, but its rank is at most r.""")
     rows = [("layer", "W0: out x in", "A: r x in", "B: out x r", "trained: r x (in + out)")]
     for name, layer in blocks[0].named_modules():
         if isinstance(layer, LoRALinear):
@@ -280,9 +280,9 @@ def adapter(lesson):
     opening(lesson, "Adapters (Houlsby et al. 2019)", "y = h + W_up GELU(W_down h + b_down) + b_up")
 
     step("1. What is swapped")
-    say(f"""h is what a frozen sub-layer (attention, feed-forward) returns, before the residual sum. It goes
-        through a bottleneck, {width} -> {size} -> {width}. Each block has two adapters. Its two norms are trained
-        as copies.""")
+    say(f"""h is the output of a frozen linear layer, the last of attention or feed-forward, before the residual
+        sum. It goes through a bottleneck, {width} -> {size} -> {width}. Each block has two adapters. Its two norms
+        are trained as copies.""")
     show(f"adapters  {len(adapters)} x (2 x {size} x {width} + {size} + {width}) = {len(adapters)} x {one:,} = "
          f"{len(adapters) * one:,}",
          f"norms     {len(norms)} x 2 x {width} = {len(norms) * count(norms[0].trained):,}",

@@ -169,7 +169,7 @@ def draw_lora(axis, hidden, rank):
 def draw_adapter(axis, hidden, bottleneck):
     """The upper adapter enlarged."""
     axis.plot((270, 452), (531, 531), ":", color=ADAPTER, linewidth=1.2, zorder=1)
-    panel(axis, 632, 436, 360, 236, ADAPTER, "Adapter, after a sub-layer")
+    panel(axis, 632, 436, 360, 236, ADAPTER, "Adapter, at the end of a sub-layer")
     taper(axis, 612, 383, 140, 12, 38, ADAPTER)
     box(axis, 612, 420, 56, 20, "GELU", PLAIN)
     taper(axis, 612, 457, 12, 140, 38, ADAPTER)

@@ -57,10 +57,10 @@ def read_json(path, keys=()):
         raise UserError(f"{path} could not be read ({error.strerror or error})") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): restore it, or delete it if minipeft wrote it") from error
-    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if missing or not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (missing: {', '.join(missing) or 'a JSON object'}): restore it, "
-                        "or delete it if minipeft wrote it")
+    missing = [key for key in keys if key not in content] if isinstance(content, dict) else ["a JSON object"]
+    if missing:
+        raise UserError(f"{path} is damaged (missing: {', '.join(missing)}): restore it, or delete it if minipeft "
+                        "wrote it")
     return content
 
 

@@ -16,8 +16,7 @@ def named(model, target):
 
 
 def freeze(model, train=()):
-    """Freeze `model` in place, except the modules that `train` names by dotted suffix. Return an empty list:
-    nothing is swapped.
+    """Freeze `model` in place, except the modules that `train` names by dotted suffix.
 
     Raise ValueError, and change nothing, for a name without a module. Warn if a module called `classifier` or `score`
     is frozen: a new head would stay at its random initialisation.
@@ -35,12 +34,11 @@ def freeze(model, train=()):
     for name, head in (named(model, "classifier") | named(model, "score")).items():
         if not all(parameter.requires_grad for parameter in head.parameters()):
             warnings.warn(f"{name} is frozen; if it is a new head, pass train=({name!r},)", stacklevel=3)
-    return []
 
 
 def train_biases(model, train=()):
     """Freeze `model` except its biases and the modules that `train` names: BitFit (Ben Zaken et al. 2021, arXiv
-    2106.10199). Return the names of the biases, which keep their dtype. Raise ValueError if there are none."""
+    2106.10199). Biases keep their dtype. Return their names. Raise ValueError if there are none."""
     biases = {name: parameter for name, parameter in model.named_parameters() if name.endswith("bias")}
     if not biases:
         raise ValueError("the model has no biases to train")

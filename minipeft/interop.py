@@ -28,7 +28,7 @@ from .model import build, count_parameters, trained
 from .settings import defaults
 from .tensors import check_tensors, read_safetensors, write_safetensors
 
-CONFIG, PEFT, ADAPTERS = "adapter_config.json", "adapter_model.safetensors", "adapter.safetensors"  # names of theirs
+CONFIG, PEFT, ADAPTERS = "adapter_config.json", "adapter_model.safetensors", "adapter.safetensors"  # their file names
 HEAD = "head.safetensors"  # ours: a head that has no counterpart in the other library
 PEFT_HEAD = ("base_model.model.bert.pooler.dense", "base_model.model.classifier")  # the two layers of head.py's Head
 
@@ -164,7 +164,7 @@ MOST_CLASSES, MOST_CONFIG = 10_000, 1_000_000  # outputs of a head; bytes
 
 
 def check_config(path, config):
-    """UserError that lists everything in an adapter_config.json that is not understood. Other keys must be empty."""
+    """UserError that lists everything in an adapter_config.json that is not supported. Other keys must be empty."""
     wrong = [] if "peft_type" in config else ["no peft_type"]
     for key, value in config.items():
         if key in KINDS:
@@ -255,7 +255,7 @@ def expected_head(tensors, hidden, dense="dense", classifier="classifier"):
     bias = tensors.get(f"{classifier}.bias", torch.zeros(2))
     expected = {f"{classifier}.weight": ("classifier.weight", (bias.numel(), hidden)),
                 f"{classifier}.bias": ("classifier.bias", (bias.numel(),))}
-    if any(name.startswith(dense) for name in tensors):
+    if f"{dense}.weight" in tensors or f"{dense}.bias" in tensors:
         expected |= {f"{dense}.weight": ("dense.weight", (hidden, hidden)), f"{dense}.bias": ("dense.bias", (hidden,))}
     return expected
 
@@ -264,7 +264,7 @@ def read_peft(folder, encoder):
     """Read a LoRA that peft trained on a BERT-type model, and check that it fits `encoder`. Returns a PeftLoRA.
 
     Honours lists and patterns of targets, rsLoRA, rank and alpha patterns. Raises UserError that lists every setting
-    that is not understood (DoRA, trained biases, layer replication, ...), or every tensor that is missing,
+    that is not supported (DoRA, trained biases, layer replication, ...), or every tensor that is missing,
     unexpected or misshaped.
     """
     folder, hidden = Path(folder), encoder.config.hidden_size
@@ -325,13 +325,14 @@ def start_lora(encoder, settings):
 
 def class_names(given, about, count):
     """Names of `count` classes: as given, else those that `export` has written, else 0, 1, ..."""
-    if given and len(set(given)) != count or count < 2:
+    if given and not len(given) == len(set(given)) == count or count < 2:
         raise UserError(f"--classes: the head has {count} outputs; it needs as many different names, and at least two")
     try:
         noted = json.loads(about.get("classes", "null"))
     except (ValueError, RecursionError):
         noted = None
-    if not isinstance(noted, list) or any(not isinstance(name, str) for name in noted) or len(set(noted)) != count:
+    if not isinstance(noted, list) or any(not isinstance(name, str) for name in noted) or not (
+            len(noted) == len(set(noted)) == count):
         noted = [str(number) for number in range(count)]
     return given or noted
 

@@ -53,7 +53,7 @@ class LoRALinear(nn.Module):
         return self.linear.bias
 
 
-# -- finding and swapping layers: the same in head.py and adapter.py, so that each file can be copied alone
+# -- finding and swapping layers: repeated in adapter.py, so that each file can be copied alone ------------
 
 def named(model, target):
     """Return {name: module}: the modules called `target` or ending in "." + `target`; shared ones under each name."""
@@ -62,8 +62,7 @@ def named(model, target):
 
 
 def freeze(model, train=()):
-    """Freeze `model` in place, except the modules that `train` names by dotted suffix. Return an empty list:
-    nothing is swapped.
+    """Freeze `model` in place, except the modules that `train` names by dotted suffix.
 
     Raise ValueError, and change nothing, for a name without a module. Warn if a module called `classifier` or `score`
     is frozen: a new head would stay at its random initialisation.
@@ -81,7 +80,6 @@ def freeze(model, train=()):
     for name, head in (named(model, "classifier") | named(model, "score")).items():
         if not all(parameter.requires_grad for parameter in head.parameters()):
             warnings.warn(f"{name} is frozen; if it is a new head, pass train=({name!r},)", stacklevel=3)
-    return []
 
 
 def is_linear(module):

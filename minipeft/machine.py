@@ -36,7 +36,7 @@ def choose_compute(settings, config):
     if not available[device]:
         there = " and ".join(name for name in available if available[name])
         raise UserError(f"--device {device}: not available here; available: {there}")
-    precision, reason = settings.precision, "as asked for"
+    precision, reason = settings.precision, "set by --precision"
     if precision == "auto":
         precision, reason = fast.fastest_precision(device, config.hidden_size, config.intermediate_size)
     return Compute(device, precision, fast.pad_multiple(precision, device)), f"{device}, {precision} ({reason})"
@@ -80,6 +80,6 @@ class Lines:
 
 def progress_bar(**options):
     """A tqdm bar in a terminal; elsewhere (nohup, CI, a notebook) a plain line every 30 seconds."""
-    if sys.stderr.isatty():
-        return tqdm(**options, leave=False, smoothing=0.05)
-    return tqdm(**options, leave=False, smoothing=0.05, file=Lines(), mininterval=30, maxinterval=60, delay=30)
+    if not sys.stderr.isatty():
+        options |= {"file": Lines(), "mininterval": 30, "maxinterval": 60, "delay": 30}
+    return tqdm(**options, leave=False, smoothing=0.05)

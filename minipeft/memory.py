@@ -20,9 +20,10 @@ def make_model(technique, weights, *more):
 def activations_by_formula(technique, config, settings, sentences=SENTENCES, tokens=TOKENS):
     """Bytes of the activations that autograd keeps for the backward pass, in fp32, without padding and encoder dropout.
 
-    Per token and block: query, key, value, context and one log-sum-exp a head; the inputs of two norms with mean and
-    deviation; GELU's input. A weight's gradient needs the input of its layer: the block's input, the first norm's
-    output, GELU's output (the context is there already). For the default targets. None for other techniques.
+    Per token and block: query, key, value, context and one log-sum-exp a head (fused attention keeps it instead of its
+    weights); the inputs of two norms with mean and deviation; GELU's input. A weight's gradient needs the input of its
+    layer: the block's input, the first norm's output, GELU's output (the context is there already). For the default
+    targets. None for other techniques.
     """
     h, f = config.hidden_size, config.intermediate_size
     attention = 4 * h + config.num_attention_heads

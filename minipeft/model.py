@@ -42,7 +42,7 @@ def build(settings, classes, weights):
     if top > layers:
         raise UserError(f"--top-layers {top}: the encoder has only {layers} layers")
     freeze(encoder)
-    pooler, encoder.pooler = encoder.pooler, None  # hidden from the technique: the head may copy it
+    pooler, encoder.pooler = encoder.pooler, None  # so that no technique trains it; the head may copy it
     torch.manual_seed(settings.seed)
     try:
         APPLY[settings.technique](encoder if top == layers else encoder.layers[layers - top:], settings)

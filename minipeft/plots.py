@@ -218,7 +218,7 @@ def rates(accuracy, loss, chosen_by_accuracy, chosen_by_loss, path):
 
 @rc_context(STYLE)
 def differences(rows, path):
-    """Paired differences with intervals and words. rows: {label: stats.Comparison}, all of one study."""
+    """Paired differences with intervals and verdicts. rows: {label: stats.Comparison}, all of one study."""
     figure, [[axis]] = figure_in_style(size=(9, 1.8 + 0.6 * len(rows)))
     axis.axvspan(-1, 1, color="#dbe9f6", label="equivalence band ±1", zorder=0)
     axis.axvline(0, color=INK, linewidth=1)

@@ -29,16 +29,16 @@ def choose(means):
 
 
 def most_accurate(means):
-    """The rate with the highest mean dev accuracy, even if it does not survive doubling."""
+    """The rate with the highest mean dev accuracy, even if it loses more than 1 point when doubled."""
     return max(means, key=lambda rate: means[rate][0])
 
 
 def still_to_run(found, start):
-    """The (rate, fold) pairs that a search needs next; none if it is finished.
+    """The (rate, fold) pairs that a search needs next; none if it is finished, or if every run has failed.
 
     First search fold 0 alone, by factors of 2, until the best rate by accuracy and by loss has neighbours on both
     sides. Then run all folds for the rates within 1.5 points of the best, their doubles, the lowest loss and its
-    neighbours; finally also for the neighbours of both choices.
+    neighbours; finally also for the neighbours of the most accurate rate and of both choices.
     """
     if not found:
         return {(start * factor, 0) for factor in (0.5, 1, 2)}
@@ -48,8 +48,7 @@ def still_to_run(found, start):
 
     first = {rate: folds[0] for rate, folds in sorted(found.items()) if 0 in folds}
     if not any(math.isfinite(loss) for _, loss in first.values()):
-        raise UserError(f"--rates: training failed at every rate from {min(first):g} to {max(first):g}; see the "
-                        "folder logs, and start lower in minipeft/studies.py")
+        return set()
     accurate = max(first, key=lambda rate: (first[rate][0], -first[rate][1]))
     lowest = min(first, key=lambda rate: first[rate][1])
     close = [rate for rate in first if first[rate][0] >= first[accurate][0] - 0.015]
@@ -63,7 +62,8 @@ def still_to_run(found, start):
 
 
 def search(name, place, jobs=0):
-    """Search one learning rate; a failed run has accuracy 0. jobs 0: train nothing; None if records are missing."""
+    """Search one learning rate; a failed run has accuracy 0. jobs 0: train nothing; None if records
+    are missing or all runs failed."""
     entry, found = SEARCHES[name], {}
     while pairs := sorted(still_to_run(found, entry.start)):
         runs = [make_run(place, Variant(name, entry.technique, {**entry.options, "lr": rate}), fold)
@@ -76,6 +76,11 @@ def search(name, place, jobs=0):
                 return None
             metrics = record.get("metrics", {"dev_accuracy": 0.0, "dev_loss": math.inf})
             found.setdefault(rate, {})[fold] = metrics["dev_accuracy"], metrics["dev_loss"]
+    if not any(math.isfinite(loss) for folds in found.values() for _, loss in folds.values()):
+        if jobs:
+            raise UserError(f"--rates: training failed at every rate from {min(found):g} to {max(found):g}; see the "
+                            "folder logs, and start lower in minipeft/studies.py")
+        return None
     return found
 
 

@@ -196,8 +196,8 @@ def time_left(waiting, seconds, jobs):
 
 
 def choose_precision(run):
-    """What precision "auto" means for the runs of a comparison, as runs in two precisions are not compared: that of a
-    record beside this one from this processor, or else the faster one."""
+    """What precision "auto" means for the runs of a comparison, as runs in two precisions are not compared: that of
+    an existing record in the same folder and from the same processor, or else the faster one."""
     weights = download.find_weights(run.settings.weights)
     compute, _ = choose_compute(run.settings, read_config(weights))
     here = processor(compute.device), compute.device
@@ -222,8 +222,9 @@ def train_missing(runs, jobs):
         if record is None:
             waiting.append(run)
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished already", flush=True)
-    new = [run for run in waiting if run.settings.precision == "auto" and not Path(run.settings.out).exists()]
-    if new:  # an unfinished run keeps its own
+    new = [run for run in waiting if run.settings.precision == "auto"
+           and checkpoint.find_run(run.settings.out)[0] is None]  # an unfinished run keeps its own
+    if new:
         precision = choose_precision(new[0])
         print(f"precision of new runs: {precision}", flush=True)
         for run in new:

@@ -50,7 +50,7 @@ count, share, positive = number(int, 1), number(float, 0, 1), number(float, 1e-1
 OPTIONS = {
     "targets": dict(nargs="+", metavar="NAME", help="the linear layers that are wrapped, by the end of their names"),
     "rank": dict(type=count, metavar="R", help="rank of the update. Alpha stays the same: --rank 64 scales the update "
-                 "by 16 / 64 = 0.25, so that the learning rate need not be tuned again (Hu et al., section 4.1)"),
+                 "by 16 / 64 = 0.25, which keeps the best learning rate nearly the same (Hu et al., section 4.1)"),
     "alpha": dict(type=positive, metavar="X", help="the update is scaled by alpha / rank"),
     "rslora": dict(help="scale by alpha / sqrt(rank) instead"),
     "init_from": dict(metavar="FOLDER", help="start from a LoRA that peft saved in this folder; it decides the "
@@ -78,7 +78,7 @@ ENCODER = {"dropout": 0.0, "top_layers": None}
 TECHNIQUES = {
     "head": Technique("head tuning", "the classification head, the last two layers", 8e-3, {}),
     "adapter": Technique(
-        "adapters", "bottleneck adapters after each sub-layer (Houlsby et al. 2019), and the head", 1e-3, {
+        "adapters", "bottleneck adapters at the end of each sub-layer (Houlsby et al. 2019), and the head", 1e-3, {
             "targets": ["attention.output", "feed_forward.output"], "bottleneck": 32, "init_std": 1e-2,
             "norms": ["attention.norm", "feed_forward.norm"], **ENCODER}),
     "lora": Technique(

@@ -76,13 +76,18 @@ def judge(mean, error, df, runs, comparisons=1, margin=1.0, lower_is_better=Fals
     return Comparison(mean, mean - wide, mean + wide, mean - narrow, mean + narrow, level, verdict, runs)
 
 
-def paired(differences, overlap=OVERLAP, **rule):
+def is_inconclusive(found):
+    return found.verdict == INCONCLUSIVE
+
+
+def paired(differences, overlap=OVERLAP, is_open=is_inconclusive, **rule):
     """Compare over k >= 2 folds. differences: (k,), one mean difference a fold, in points; rule: as in `judge`.
 
         standard error^2 = var(differences) (1 / k + n_test / n_train),    Student's t with k - 1 degrees of freedom
 
     Folds share training sentences, so 1 / k alone is too small (Nadeau & Bengio 2003, Machine Learning 52).
-    `needed` takes the mean and the variance found so far as the true ones. Raises ValueError for one fold.
+    `needed` is the smallest number of folds with which a Comparison would not be open (`is_open`), if mean and variance
+    found so far were the true ones. Raises ValueError for one fold.
     """
     mean, std = mean_std(differences)
     if std is None:
@@ -94,7 +99,7 @@ def paired(differences, overlap=OVERLAP, **rule):
     found = judge_with(len(differences))
     if found.verdict != INCONCLUSIVE:
         return found
-    enough = (k for k in range(len(differences) + 1, 101) if judge_with(k).verdict != INCONCLUSIVE)
+    enough = (k for k in range(len(differences) + 1, 101) if not is_open(judge_with(k)))
     return replace(found, needed=next(enough, None))
 
 
@@ -117,7 +122,7 @@ def paired_sentences(differences, overlap=0.0, **rule):
     return judge(float(differences.mean()), math.sqrt(variance), df, runs, **rule)
 
 
-def compare(scores, part="test", seeds=False, **rule):
+def compare(scores, part="test", seeds=False, is_open=is_inconclusive, **rule):
     """Compare runs. scores: for each run the paired differences of the sentences of a part, "test" or "dev".
 
     seeds: the runs differ in their seed, not in their fold. Then, and on dev, and if there is only one run, the
@@ -126,7 +131,7 @@ def compare(scores, part="test", seeds=False, **rule):
     overlap = 0 if seeds else OVERLAP
     if seeds or part == "dev" or len(scores) == 1:
         return paired_sentences(scores, overlap, **rule)
-    return paired([run.mean() for run in scores], overlap, **rule)
+    return paired([run.mean() for run in scores], overlap, is_open, **rule)
 
 
 def log_probabilities(logits):

@@ -28,7 +28,7 @@ SEARCHES = {
     "bitfit": Search("bitfit", 4e-3, 2e-3, 4e-3),
     "full": Search("full", 5e-5, 2.5e-5, 1.25e-5),
     "last-block": Search("full", 2e-4, 2e-4, 4e-4, TOP_BLOCK),
-    "two-blocks": Search("full", 2e-4, 4e-4, 4e-4, TOP_TWO),
+    "two-blocks": Search("full", 2e-4, 2e-4, 1e-4, TOP_TWO),
     "adapter-86": Search("adapter", 5e-4, 5e-4, 5e-4, FEW[86]),
     "lora-86": Search("lora", 5e-4, 2.5e-4, 2.5e-4, FEW[86]),
     "full-86": Search("full", 5e-5, 2.5e-5, 2.5e-5, FEW[86]),
@@ -55,8 +55,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two variants, by name. expected: what the claim says of a against b, "better", "worse", "equivalent" (within
-    1 point), or None where it says nothing."""
+    """Two variants, by name. expected: what the claim predicts for a compared with b, "better", "worse", "equivalent"
+    (within 1 point), or None where it predicts nothing."""
     a: str
     b: str
     expected: str | None = None
@@ -113,8 +113,8 @@ STUDIES = {
     "techniques": MAIN,
     "techniques-loss": replace(MAIN, claim=f"{MAIN.claim} (learning rates of the loss rule)", rule="loss"),
     "rank": Study(
-        "a rank of 1 is enough, and 64 adds nothing", "Hu et al., table 6 and section 7.2", "rank (alpha = 16)",
-        vary("lora", "rank", (1, 8, 64)),
+        "a rank of 1 is enough, and 64 adds nothing (against 8)", "Hu et al., table 6 and section 7.2",
+        "rank (alpha = 16)", vary("lora", "rank", (1, 8, 64)),
         [Contrast("lora rank 1", "lora rank 8", "equivalent"), Contrast("lora rank 64", "lora rank 8", "equivalent")],
         8, references=True),
     "alpha": Study(
@@ -131,8 +131,8 @@ STUDIES = {
          Contrast("feed-forward, rank 3", "attention, rank 4", "better"),
          Contrast("all, rank 2", "attention, rank 4", "better")], 8, references=True),
     "bottleneck": Study(
-        "the size of the adapters matters little", "Houlsby et al., sections 3.4 and 3.6", "bottleneck",
-        vary("adapter", "bottleneck", (8, 32, 128)),
+        "the size of the adapters matters little (8 and 128 against 32)", "Houlsby et al., sections 3.4 and 3.6",
+        "bottleneck", vary("adapter", "bottleneck", (8, 32, 128)),
         [Contrast("adapter bottleneck 8", "adapter bottleneck 32", "equivalent"),
          Contrast("adapter bottleneck 128", "adapter bottleneck 32", "equivalent")], 8, references=True),
     "layers": Study(
@@ -193,8 +193,8 @@ PROTOCOL = """\
   several.
 - Better or worse: the interval at 1 - 0.05/m, for the m contrasts of a study, excludes zero. Equivalent within 1
   point: the 90% interval, which is not corrected for m, lies within ±1. Else inconclusive.
-- If accuracy leaves open which of two is better, calibrated loss may settle it, and the verdict then says so. The two
-  measures have an error of 5% each.
+- If accuracy leaves open which of two is better, calibrated loss may settle it, and the verdict then says so. Each
+  measure has its own error of 5% in a study; the two are not corrected together.
 - Two runs are compared only if processor, device and precision agree. Costs are averaged on one machine only."""
 LIMITS = """\
 - One small encoder and one data set of short sentences, unless a section says otherwise. Other tasks may differ.
