@@ -3343,6 +3343,16 @@ def test_the_results_in_the_readme_are_those_of_the_records():
         if len(set(verdicts)) == 1:
             verdicts = verdicts[:1]
         assert f"| {len(result.folds)} | {differences} | {'; '.join(verdicts)} |" in shown, study
+    imdb = compare.collect(compare.read_place(ROOT / "results/imdb"), "techniques", [0])
+    found = {name: found[0].numbers["accuracy"] for name, found in imdb.outcomes.items()}
+    assert ("head tuning {head:.2f}%, adapters {adapter:.2f}%, LoRA {lora:.2f}%, full fine-tuning {full:.2f}%. The last "
+            "three are equivalent within 1 point.".format(**found)) in shown
+    assert ["equivalent" in compare.measure(imdb, contrast).accuracy.verdict for contrast in imdb.study.contrasts] == [
+        False, True, True, True]
+    limits = " ".join((ROOT / "results/limits.md").read_text().split())
+    theirs = [float(number) for number in re.findall(r"([\d.]+)% \(", limits.partition("earlier implementation")[2])]
+    below = [f"{other - found[name]:.2f}" for other, name in zip(theirs, ("head", "adapter", "lora"), strict=True)]
+    assert "Ours are {}, {} and {} points below".format(*below) in limits
     found = read_json(ROOT / "results/analysis.json")["layers"]
     halves = found["differences"]["lower half instead of upper half"]
     word = analysis.as_verdict(halves["verdict"])
