@@ -83,7 +83,7 @@ def compare_spans(runs, seeds=False):
 def rank_of_energy(energies, share=0.9):
     """The smallest r with e_1 + ... + e_r >= share of the sum of all energies: squared singular values, largest
     first."""
-    total = np.cumsum(energies)
+    total = np.asarray(energies).cumsum()
     return int(np.searchsorted(total, share * total[-1] * (1 - 1e-12)) + 1)
 
 
