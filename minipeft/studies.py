@@ -9,8 +9,8 @@ from .settings import LINEAR_LAYERS, TECHNIQUES
 @dataclass(frozen=True)
 class Search:
     """The learning rates of a technique with these options. start: where the search begins; accuracy, loss: what
-    `compare.py --rates` chose by each rule (rates.json in results/fp32 and results/search; results/limits.md names the
-    others). A technique's rate by accuracy is train.py's default."""
+    `compare.py --rates` chose by each rule (rates.json in results/fp32 and results/search). A technique's rate
+    by accuracy is train.py's default."""
     technique: str
     start: float
     accuracy: float
@@ -32,9 +32,9 @@ SEARCHES = {
     "adapter-86": Search("adapter", 5e-4, 2.5e-4, 2.5e-4, FEW[86]),
     "lora-86": Search("lora", 5e-4, 2.5e-4, 1.25e-4, FEW[86]),
     "full-86": Search("full", 5e-5, 5e-5, 2.5e-5, FEW[86]),
-    "adapter-431": Search("adapter", 5e-4, 1.25e-4, 1.25e-4, FEW[431]),
-    "lora-431": Search("lora", 5e-4, 1e-3, 1e-3, FEW[431]),
-    "full-431": Search("full", 5e-5, 1e-4, 1e-4, FEW[431]),
+    "adapter-431": Search("adapter", 5e-4, 1.25e-4, 6.25e-5, FEW[431]),
+    "lora-431": Search("lora", 5e-4, 5e-4, 6.25e-5, FEW[431]),
+    "full-431": Search("full", 5e-5, 5e-5, 6.25e-6, FEW[431]),
 }
 
 
