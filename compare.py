@@ -305,7 +305,7 @@ def draw(result, findings, place):
 # -- report -----------------------------------------------------------------------------------------------
 
 MEASURED = "none: measured only"
-TITLE = "# Results\n\n`python compare.py --report"
+OPENING = "# Results\n\n`python compare.py --report"  # of every README.md that compare.py writes
 
 
 def show(result, findings, place):
@@ -388,7 +388,7 @@ def inputs(place):
 
 def check_readme(path):
     """UserError if `report` would replace a file that it did not write."""
-    if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(TITLE):
+    if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(OPENING):
         raise UserError(f"{path} was not written by compare.py: choose another --out")
 
 
@@ -422,7 +422,8 @@ def report(place):
     own = place.out / "limits.md"
     if own.is_file():
         sections["Limits"].append(own.read_text(encoding="utf-8").rstrip())
-    text = [f"{TITLE} --out {shlex.quote(place.out.as_posix())}` writes this file and its figures; it trains nothing."]
+    out = shlex.quote(place.out.as_posix())
+    text = [f"{OPENING} --out {out}` writes this file and its figures; it trains nothing."]
     for heading, lines in sections.items():
         if lines:
             text += ["", f"## {heading}", "", *lines]

@@ -2735,6 +2735,10 @@ def test_runs_share_the_cores_and_one_precision_and_their_records_say_so(place, 
     machines = [runs.load(run)["machine"] for run in made]
     assert [(machine["jobs"], machine["threads"], machine["precision"]) for machine in machines] == [
         (2, 2, "bf16"), (2, 2, "bf16"), (1, 4, "bf16")]
+    made[0].record.unlink()
+    again = runs.make_run(place, Variant("head", "head", {"epochs": 1}), 0)
+    runs.train_missing([again], 1)  # without measuring again
+    assert again.settings.precision == runs.load(again)["machine"]["precision"] == "bf16"
 
 
 def test_a_failed_run_is_kept_and_a_mistake_stops_with_its_own_line(place, capsys):

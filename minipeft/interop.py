@@ -325,14 +325,16 @@ def start_lora(encoder, settings):
 
 def class_names(given, about, count):
     """Names of `count` classes: as given, else those that `export` has written, else 0, 1, ..."""
-    if given and not len(given) == len(set(given)) == count or count < 2:
+    def fit(names):
+        return len(names) == len(set(names)) == count
+
+    if given and not fit(given) or count < 2:
         raise UserError(f"--classes: the head has {count} outputs; it needs as many different names, and at least two")
     try:
         noted = json.loads(about.get("classes", "null"))
     except (ValueError, RecursionError):
         noted = None
-    if not isinstance(noted, list) or any(not isinstance(name, str) for name in noted) or not (
-            len(noted) == len(set(noted)) == count):
+    if not isinstance(noted, list) or any(not isinstance(name, str) for name in noted) or not fit(noted):
         noted = [str(number) for number in range(count)]
     return given or noted
 

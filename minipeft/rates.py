@@ -62,8 +62,8 @@ def still_to_run(found, start):
 
 
 def search(name, place, jobs=0):
-    """Search one learning rate; a failed run has accuracy 0. jobs 0: train nothing; None if records
-    are missing or all runs failed."""
+    """Search one learning rate; a failed run has accuracy 0. jobs 0: train nothing; None if records are
+    missing or all runs failed."""
     entry, found = SEARCHES[name], {}
     while pairs := sorted(still_to_run(found, entry.start)):
         runs = [make_run(place, Variant(name, entry.technique, {**entry.options, "lr": rate}), fold)

@@ -220,10 +220,10 @@ def train_missing(runs, jobs):
         record = load(run)
         note_time(record)
         if record is None:
+            checkpoint.keep_machine(run.settings)  # a run that is resumed or repeated keeps its precision
             waiting.append(run)
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished already", flush=True)
-    new = [run for run in waiting if run.settings.precision == "auto"
-           and checkpoint.find_run(run.settings.out)[0] is None]  # an unfinished run keeps its own
+    new = [run for run in waiting if run.settings.precision == "auto"]
     if new:
         precision = choose_precision(new[0])
         print(f"precision of new runs: {precision}", flush=True)
