@@ -246,7 +246,11 @@ def on_one_machine(result):
 
 def shown_by_bars(findings):
     """{variant: its first finding that was measured}, which its error bar shows."""
-    return {found.contrast.a: found for found in reversed(findings) if found.accuracy}
+    shown = {}
+    for found in findings:
+        if found.accuracy:
+            shown.setdefault(found.contrast.a, found)
+    return shown
 
 
 def get_panels(result, findings):
@@ -267,6 +271,21 @@ def find_best(result):
             for panel, series in get_panels(result, []).items() for name, points in series.items()]
 
 
+def explain_bars(findings):
+    """What the error bars of a study are, and which variant each is compared with; None without any."""
+    shown, compared = shown_by_bars(findings).values(), {}
+    if not shown:
+        return None
+    for found in shown:
+        compared.setdefault(label(found.contrast.b), []).append(label(found.contrast.a))
+    other = "its reference" if len(compared) > 1 else next(iter(compared))
+    lines = [f"{100 * next(iter(shown)).accuracy.level:.4g}% interval of the paired difference to {other};",
+             f"a bar that includes the value of {other}: no significant difference"]
+    if len(compared) > 1:
+        lines += [f"reference of {' and '.join(names)}: {reference}" for reference, names in compared.items()]
+    return "\n".join(lines)
+
+
 def draw_costs(result, path):
     """Training time and peak memory of each variant, on one machine."""
     (where, groups), costs = on_one_machine(result), {}
@@ -278,17 +297,12 @@ def draw_costs(result, path):
 
 def draw(result, findings, place):
     """Draw the figures of a study. Returns their names."""
-    study, names, bars, references = result.study, [f"{result.name}.png"], None, {}
-    if shown := shown_by_bars(findings).values():
-        to = {found.contrast.b for found in shown}
-        other = label(*to) if len(to) == 1 else "the variant it is compared with"
-        bars = (f"{100 * next(iter(shown)).accuracy.level:.4g}% interval of the paired difference to {other};\n"
-                f"a bar that includes the value of {other}: no significant difference")
+    study, names, references = result.study, [f"{result.name}.png"], {}
     if study.references and (main := collect(place, "techniques", result.folds)).folds == result.folds:
         references = {name: mean_std(main.outcomes[name].values(), "accuracy")[0] for name in ("head", "full")}
     ranks = bool(findings) or not study.contrasts  # not with --quick
     if ranks:
-        plots.study(study.x_label, get_panels(result, findings), place.out / names[0], bars,
+        plots.study(study.x_label, get_panels(result, findings), place.out / names[0], explain_bars(findings),
                     f"{study.part} accuracy (%)", references)
     if study.costs:
         names += [f"{result.name}-curves.png", f"{result.name}-costs.png"]

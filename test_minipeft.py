@@ -2985,6 +2985,19 @@ def test_a_report_trains_nothing_and_repeats_to_the_byte(fake_place, monkeypatch
         compare.parse(shlex.split(command)[2:])  # every printed command is accepted
 
 
+@pytest.mark.parametrize("name", [name for name, study in STUDIES.items() if study.contrasts])
+def test_the_note_of_a_figure_names_the_reference_of_every_bar(name, fake_place):
+    result = fake_study(fake_place, name, [0])
+    note = compare.explain_bars([compare.measure(result, contrast) for contrast in result.study.contrasts])
+    references = {}
+    for contrast in result.study.contrasts:
+        references.setdefault(compare.label(contrast.a), compare.label(contrast.b))
+    for name, reference in references.items():
+        assert f"difference to {reference};" in note if len(set(references.values())) == 1 else re.search(
+            rf"^reference of (.* and )?{re.escape(name)}( and .*)?: {re.escape(reference)}$", note, re.M)
+    assert compare.explain_bars([]) is None
+
+
 @pytest.mark.parametrize("study", STUDIES)
 def test_the_command_in_the_report_of_a_study_alone_is_accepted(study, fake_place, capsys):
     fake_study(fake_place, study, [0])  # the settings that all its runs share may be those of its variants
@@ -3336,7 +3349,7 @@ def test_the_results_in_the_readme_are_those_of_the_records():
     doubling = compare.collect(place, "doubling", range(10))
     high = compare.measure(doubling, Contrast("adapter lr 0.002", "full lr 2.5e-05"))
     assert f"{high.accuracy.mean:+.2f} at their most accurate rate on dev".replace("-", "−") in shown
-    for study in ("rank", "bottleneck", "init", "layers", "data", "light"):
+    for study in ("rank", "targets", "bottleneck", "init", "layers", "data", "light"):
         result = compare.collect(place, study, range(10))
         found = [compare.measure(result, contrast) for contrast in result.study.contrasts
                  if contrast.expected or study == "init"]

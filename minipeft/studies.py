@@ -198,8 +198,8 @@ PROTOCOL = """\
 - Two runs are compared only if processor, device and precision agree. Costs are averaged on one machine only."""
 LIMITS = """\
 - One small encoder and one data set of short sentences, unless a section says otherwise. Other tasks may differ.
-- In the studies of rank, bottleneck and initialisation, all variants have one learning rate: that of rank 8,
-  bottleneck 32 and standard deviation 0.01. With rates of their own, results could differ.
+- In the studies of rank, targets, bottleneck and initialisation, all variants have one learning rate: that of rank 8
+  on all layers, bottleneck 32 and standard deviation 0.01. With rates of their own, results could differ.
 - Rates are searched on three folds, and dev has about a thousand sentences: neighbouring rates can be equally good.
 - The number of folds needed takes mean and variance found so far as the true ones: a rough guess. Beyond ten they are
   folds of further splits.
