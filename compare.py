@@ -273,13 +273,13 @@ def find_best(result):
 
 def explain_bars(findings):
     """What the error bars of a study are, and which variant each is compared with; None without any."""
-    shown, compared = shown_by_bars(findings).values(), {}
+    shown, compared = list(shown_by_bars(findings).values()), {}
     if not shown:
         return None
     for found in shown:
         compared.setdefault(label(found.contrast.b), []).append(label(found.contrast.a))
-    other = "its reference" if len(compared) > 1 else next(iter(compared))
-    lines = [f"{100 * next(iter(shown)).accuracy.level:.4g}% interval of the paired difference to {other};",
+    other = "its reference" if len(compared) > 1 else label(shown[0].contrast.b)
+    lines = [f"{100 * shown[0].accuracy.level:.4g}% interval of the paired difference to {other};",
              f"a bar that includes the value of {other}: no significant difference"]
     if len(compared) > 1:
         lines += [f"reference of {' and '.join(names)}: {reference}" for reference, names in compared.items()]

@@ -3362,8 +3362,8 @@ def test_the_results_in_the_readme_are_those_of_the_records():
         assert f"| {len(result.folds)} | {differences} | {'; '.join(verdicts)} |" in shown, study
     imdb = compare.collect(compare.read_place(ROOT / "results/imdb"), "techniques", [0])
     found = {name: found[0].numbers["accuracy"] for name, found in imdb.outcomes.items()}
-    assert ("head tuning {head:.2f}%, adapters {adapter:.2f}%, LoRA {lora:.2f}%, full fine-tuning {full:.2f}%. The last "
-            "three are equivalent within 1 point.".format(**found)) in shown
+    assert ("head tuning {head:.2f}%, adapters {adapter:.2f}%, LoRA {lora:.2f}%, full fine-tuning {full:.2f}%. The "
+            "last three are equivalent within 1 point.".format(**found)) in shown
     assert ["equivalent" in compare.measure(imdb, contrast).accuracy.verdict for contrast in imdb.study.contrasts] == [
         False, True, True, True]
     limits = " ".join((ROOT / "results/limits.md").read_text().split())
