@@ -121,7 +121,7 @@ STUDIES = {
         "with a constant alpha the best learning rate does not move with the rank",
         "Hu et al., section 4.1; Schulman 2025", "learning rate", constant_and_growing_alpha(), [], 1, part="dev"),
     "targets": Study(
-        "at equal size several kinds of matrices beat the query alone (Hu), and attention alone loses to the "
+        "at similar size several kinds of matrices beat the query alone (Hu), and attention alone loses to the "
         "feed-forward layers and to all (Schulman)", "Hu et al., table 5; Schulman 2025", "layers with LoRA (alpha 16)",
         [lora_on("query", 16, ["query"]), lora_on("query + value", 8, ["query", "value"]),
          lora_on("attention", 4, LINEAR_LAYERS[:4]), lora_on("feed-forward", 3, LINEAR_LAYERS[4:]),
