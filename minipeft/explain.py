@@ -191,7 +191,7 @@ def opening(lesson, title, equation):
 
 
 def ten_steps(number, lesson, model, technique):
-    step(f"{number}. Ten steps of AdamW on eight sentences, learning rate {RATES[technique]:g}")
+    step(f"{number}. Ten steps of AdamW, the head included, on eight sentences, learning rate {RATES[technique]:g}")
     before = lesson.probability(model)
     losses = train(lesson, model, technique)
     show(f'"{PROBE}" (not among the eight)',
@@ -363,7 +363,7 @@ def full(lesson):
     new, old = (m.encoder.layers[0].attention.query.weight.detach() for m in (model, lesson.base))
     values = torch.linalg.svdvals(new - old)
     show(f"|W - W0| / |W0| of the first query matrix: {distance(new, old):.2%}",
-         f"singular values of W - W0 that hold 90% of its squared norm: {rank_of_energy(values)} of {len(values)}")
+         f"singular values of W - W0 that hold 90% of its squared norm: {rank_of_energy(values ** 2)} of {len(values)}")
     say("""The prediction changes while the weights hardly move. A small update need not have a low rank, which LoRA
         assumes: the singular values measure that. Ten steps are an illustration; python -m minipeft.analysis does
         the same for finished runs.""")
