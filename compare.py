@@ -141,9 +141,9 @@ def describe(found):
 
 
 def decided_by_loss(found):
-    """True if accuracy does not settle which of two variants is better, and calibrated loss does."""
-    return (found.contrast.expected in ("better", "worse") and found.loss.verdict != stats.INCONCLUSIVE
-            and not found.accuracy.verdict.startswith(("better", "worse")))
+    """True if a claim says which of two variants is better, accuracy is inconclusive, and calibrated loss is not."""
+    return (found.contrast.expected in ("better", "worse") and found.accuracy.verdict == stats.INCONCLUSIVE
+            and found.loss.verdict != stats.INCONCLUSIVE)
 
 
 def verdict_on_claim(found):
@@ -156,7 +156,7 @@ def verdict_on_claim(found):
     if expected in measured:
         verdict = f"confirmed{by}" + (" (within 1 point)" if expected == "equivalent" else "")
     elif measured == stats.INCONCLUSIVE:
-        verdict = f"{measured} ({accuracy.needed} folds needed)" if accuracy.needed else measured
+        verdict = f"{measured} ({accuracy.needed} folds would settle it)" if accuracy.needed else measured
     elif expected == "equivalent" and leaves_open(expected, accuracy):
         verdict = f"{stats.INCONCLUSIVE} ({measured}, perhaps by less than 1 point)"
     else:
@@ -188,8 +188,7 @@ QUALITY = {"lr": ("learning rate", "g"), "technique": ("technique parameters", "
            "accuracy": ("{} accuracy (%)", ".2f"), "calibrated": ("{} calibrated loss", ".4f"),
            "loss": ("{} raw loss", ".3f"), "error": ("{} calibration error", ".1%")}
 COST = {"train_seconds": ("training (s)", ",.0f"), "step_milliseconds": ("a step (ms)", ",.0f"),
-        "peak_memory_mb": ("peak memory (MB)", ",.0f"), "saved_mb": ("saved (MB)", ".2f"),
-        "sentences_per_second": ("inference (sentences/s)", ",.0f")}
+        "peak_memory_mb": ("peak memory (MB)", ",.0f"), "saved_mb": ("saved (MB)", ".2f")}
 GAINS = {"accuracy": "gain kept", "calibrated": "gain kept in calibrated loss"}
 
 
@@ -244,46 +243,52 @@ def on_one_machine(result):
 
 # -- figures ----------------------------------------------------------------------------------------------
 
-def shown_by_bars(findings):
-    """{variant: its first finding that was measured}, which its error bar shows."""
+def shown_by_bars(findings, variants):
+    """{variant: the finding that its error bar shows}, if one variant is the reference of all others; else {}."""
     shown = {}
     for found in findings:
         if found.accuracy:
             shown.setdefault(found.contrast.a, found)
-    return shown
+    references = {found.contrast.b for found in shown.values()}
+    return shown if len(references) == 1 and len(shown) == len(variants) - 1 else {}
 
 
-def get_panels(result, findings):
+def get_panels(result, shown, measure="accuracy"):
     """The points of a study: {panel: {series: points}}. Their bars are the intervals of the paired differences."""
-    panels, bars = {}, {name: found.accuracy for name, found in shown_by_bars(findings).items()}
+    panels = {}
     for variant in result.study.variants:
-        outcomes, bar = result.outcomes[variant.name].values(), bars.get(variant.name)
+        outcomes = result.outcomes[variant.name].values()
         if outcomes:
-            y, x = mean_std(outcomes, "accuracy")[0], variant.x or mean_std(outcomes, "trainable")[0]
+            y, x = mean_std(outcomes, measure)[0], variant.x or mean_std(outcomes, "trainable")[0]
+            bar = shown[variant.name].accuracy if variant.name in shown else None
             point = plots.Point(x, y, y + bar.low - bar.mean, y + bar.high - bar.mean) if bar else plots.Point(x, y)
             panels.setdefault(variant.panel, {}).setdefault(variant.series or variant.name, []).append(point)
     return panels
 
 
 def find_best(result):
-    """For a study without contrasts: the x with the highest accuracy in each series, as lines."""
-    return [f"{panel}, {name}: best at {max(points, key=lambda point: point.y).x:g}"
-            for panel, series in get_panels(result, []).items() for name, points in series.items()]
+    """For a study without contrasts: where each series has its highest accuracy and its lowest raw loss, as lines."""
+    series = {}
+    for variant in result.study.variants:
+        if runs := result.outcomes[variant.name].values():
+            point = variant.x, mean_std(runs, "accuracy")[0], -mean_std(runs, "loss")[0]
+            series.setdefault(f"{variant.panel}, {variant.series}", []).append(point)
+
+    def best(points, column):
+        highest = max(point[column] for point in points)
+        return " and ".join(f"{point[0]:g}" for point in points if point[column] == highest)
+    return [f"{name}: highest {result.study.part} accuracy at {best(points, 1)}, lowest raw loss at {best(points, 2)}"
+            for name, points in series.items()]
 
 
-def explain_bars(findings):
-    """What the error bars of a study are, and which variant each is compared with; None without any."""
-    shown, compared = list(shown_by_bars(findings).values()), {}
+def explain_bars(shown):
+    """What the error bars of a study are, in words; "" without any."""
     if not shown:
-        return None
-    for found in shown:
-        compared.setdefault(label(found.contrast.b), []).append(label(found.contrast.a))
-    other = "its reference" if len(compared) > 1 else label(shown[0].contrast.b)
-    lines = [f"{100 * shown[0].accuracy.level:.4g}% interval of the paired difference to {other};",
-             f"a bar that includes the value of {other}: no significant difference"]
-    if len(compared) > 1:
-        lines += [f"reference of {' and '.join(names)}: {reference}" for reference, names in compared.items()]
-    return "\n".join(lines)
+        return ""
+    [reference] = {label(found.contrast.b) for found in shown.values()}
+    level = 100 * next(iter(shown.values())).accuracy.level
+    return (f"bars: {level:.4g}% interval of the paired difference to {reference};\n"
+            f"a bar that includes the value of {reference}: no significant difference")
 
 
 def draw_costs(result, path):
@@ -297,23 +302,30 @@ def draw_costs(result, path):
 
 def draw(result, findings, place):
     """Draw the figures of a study. Returns their names."""
-    study, names, references = result.study, [f"{result.name}.png"], {}
+    study, names, references = result.study, [], {}
+
+    def path(kind=""):
+        names.append(f"{result.name}{kind}.png")
+        return place.out / names[-1]
+
     if study.references and (main := collect(place, "techniques", result.folds)).folds == result.folds:
         references = {name: mean_std(main.outcomes[name].values(), "accuracy")[0] for name in ("head", "full")}
-    ranks = bool(findings) or not study.contrasts  # not with --quick
-    if ranks:
-        plots.study(study.x_label, get_panels(result, findings), place.out / names[0], explain_bars(findings),
-                    f"{study.part} accuracy (%)", references)
+    if findings:
+        shown = shown_by_bars(findings, study.variants)
+        plots.study(study.x_label, get_panels(result, shown), f"{study.part} accuracy (%)", path(),
+                    explain_bars(shown) or f"intervals of the differences: {result.name}-differences.png", references)
+        rows = {f"{label(found.contrast.a)}\n− {label(found.contrast.b)}": found.accuracy for found in findings
+                if found.accuracy}
+        if rows:
+            plots.differences(rows, study.part, path("-differences"))
+    elif not study.contrasts:
+        plots.study(study.x_label, get_panels(result, {}), f"{study.part} accuracy (%)", path())
+        plots.study(study.x_label, get_panels(result, {}, "loss"), f"{study.part} raw loss (nats)", path("-loss"))
     if study.costs:
-        names += [f"{result.name}-curves.png", f"{result.name}-costs.png"]
         histories = {name: [run.record["history"] for run in runs.values()] for name, runs in result.outcomes.items()}
-        plots.learning_curves({name: runs for name, runs in histories.items() if runs}, place.out / names[1])
-        draw_costs(result, place.out / names[2])
-    differences = {found.name: found.accuracy for found in findings if found.accuracy}
-    if study.costs and differences:
-        names.append(f"{result.name}-differences.png")
-        plots.differences(differences, place.out / names[3])
-    return names if ranks else names[1:]
+        plots.learning_curves({name: runs for name, runs in histories.items() if runs}, path("-curves"))
+        draw_costs(result, path("-costs"))
+    return names
 
 
 # -- report -----------------------------------------------------------------------------------------------
@@ -384,7 +396,7 @@ def report_rates(place, path=""):
 
 
 def read_place(out):
-    """The Place of the records in `out`. The settings that all records share are its common ones."""
+    """The Place of the records in `out`. Its common settings, and precision, are those that all records share."""
     records = [checkpoint.read_record(path) for path in sorted((out / "runs").glob("*.json"))]
     if not records:
         raise UserError(f"{out / 'runs'} holds no records: name the folder of a comparison with --out, or run "
@@ -392,12 +404,14 @@ def read_place(out):
     default, first = common_defaults(), records[0]
     shared = {name: value for name, value in first["settings"].items()
               if name in PATHS or name in default and all(record["settings"].get(name) == value for record in records)}
+    precisions = {record["machine"]["precision"] for record in records}
+    shared["precision"] = precisions.pop() if len(precisions) == 1 else "auto"
     return Place(out, default | shared, first["weights_sha256"], first["data_sha256"])
 
 
 def inputs(place):
-    """What two places must share to measure the same: settings, weights and data."""
-    return place.common, place.weights_sha256, place.data_sha256
+    """What two places must share to measure the same: settings but the precision, weights and data."""
+    return place.common | {"precision": None}, place.weights_sha256, place.data_sha256
 
 
 def check_readme(path):

@@ -1393,7 +1393,7 @@ def test_the_benchmark_s_tables_hold_medians_and_ratios_of_pairs(speed):
         runs[f"trial/{number}"] = {"seconds": seconds, "side": speed["TRIAL"][number]}
     about = {"processor": "A processor", "threads": 2, "flags": ["avx2", "fma"], "versions": {"torch": "2"},
              "tokens": 100, "whole_tokens": 1000, "lora_flops": 11e11}
-    options = {"pairs": 3, "long": [256], "long_steps": 2, "trial_steps": 4}
+    options = {"pairs": 3, "steps": 20, "long": [256], "long_steps": 2, "trial_steps": 4}
     lines = speed["tables"]({"about": about, "options": options, "runs": runs})
     assert "fp32, sdpa" in lines[0] and "bf16 is emulated here" in lines[0] and "avx2, fma" in lines[0]
     for line in ("| LoRA, seconds an epoch | 660 | 330 | 220 | 3.00 (aim 2.2) | 1.50 (aim 2.0) |",
@@ -1403,8 +1403,8 @@ def test_the_benchmark_s_tables_hold_medians_and_ratios_of_pairs(speed):
                  "| LoRA's gradient by hand | 35.2 | 1.25 | 900 |",
                  "| share of the faster one that training reaches | 50% (aim 65%) |",
                  "| 256 tokens, plain modules | 15.0 s a step, 1,234 MB |",
-                 "| runs an hour, one after the other, threads each: 2 | 100 |",
-                 "| runs an hour, two at once, threads each: 1 | 120 |"):
+                 "| runs of 640 sentences an hour, one after the other, threads each: 2 | 100 |",
+                 "| runs of 640 sentences an hour, two at once, threads each: 1 | 120 |"):
         assert line in lines
 
 
@@ -2523,10 +2523,11 @@ BEST = dict.fromkeys(LINES, 2e-4)
     ("curves", (HISTORY[:1], "runs/$a$b"), ["runs/$a$b", "train", "dev"]),
     ("learning_curves", ({name: [HISTORY, HISTORY] for name in LINES},), [*LABELS, "train", "dev"]),
     ("costs", ({name: Cost(20.4, 600) for name in LINES}, "a processor"), [*LABELS, "20", "600", "a processor"]),
-    ("memory", (MEMORY,), ["LoRA", "full fine-tuning", "weights", "gradients", "activations", "measured total"]),
+    ("memory", (MEMORY, "fp32"), ["LoRA", "full fine-tuning", "weights", "activations", "measured total", "fp32"]),
     ("rates", (POINTS, {name: [Point(2e-4, 0.4), Point(4e-4, math.inf)] for name in LINES}, BEST, BEST), LABELS),
-    ("differences", (PAIRS,), [*PAIRS, "95% interval", "inconclusive (6 folds needed)", "inconclusive, one run"]),
-    ("study", ("rank", {"": POINTS, "alpha": KINDS}), [*LABELS, "alpha", "query"]),
+    ("differences", (PAIRS, "dev"), [*PAIRS, "95% interval", "inconclusive (6 folds would settle it)",
+                                     "inconclusive, one run", "difference in dev accuracy (points)"]),
+    ("study", ("rank", {"": POINTS, "alpha": KINDS}, "accuracy"), [*LABELS, "alpha", "query", "accuracy"]),
     ("heat_map", ([[80.12, 50.0], [math.nan, 70.0]], 82.0), ["80.1", "50.0", "70.0", "82.0%"]),
     ("spectra", ({"full": [[3, 1, 0.1], [2, 1, 1]], "lora": [[1, 0.1]]},),
      ["full fine-tuning: 90% at rank 2", "LoRA: 90% at rank 1"])])
@@ -2540,7 +2541,8 @@ def test_every_figure_is_drawn_without_a_warning_and_labels_what_it_is_given(nam
 
 def test_a_study_draws_bars_where_they_are_given_and_references_where_they_are_near(tmp_path):
     series = {"lora": [Point(1, 84.0, 83.0, 84.5), Point(8, 85.0)]}
-    axis = plots.study("rank", {"": series}, tmp_path / "s.png", references={"full": 85.5, "head": 60}).axes[0]
+    axis = plots.study("rank", {"": series}, "accuracy", tmp_path / "s.png",
+                       references={"full": 85.5, "head": 60}).axes[0]
     low, high = axis.get_ylim()
     assert low < 83 and 85.5 < high < 87
     segments = [s for group in axis.collections for s in group.get_segments() if len(s) and np.isfinite(s).all()]
@@ -2672,13 +2674,29 @@ def test_the_close_call_in_the_limits_is_that_of_the_records():
     dropout = compare.collect(compare.read_place(ROOT / "results"), "dropout", range(3))
     found = [compare.measure(dropout, contrast).accuracy for contrast in dropout.study.contrasts]
     assert [one.verdict for one in found] == [stats.INCONCLUSIVE] * 2
-    assert "by {:+.2f} points (full fine-tuning) and {:+.2f} (LoRA)".format(*(one.mean for one in found)) in limits
+    full, lora = (one.mean for one in found)
+    assert f"by {full:+.2f} points (full fine-tuning) and {lora:+.2f} (LoRA)" in limits
+    assert f"LoRA would gain {lora - full:.1f} point" in limits
     spread = []
     for folder, study in (("results/fp32", "techniques-loss"), ("results", "techniques")):
         runs_of = compare.collect(compare.read_place(ROOT / folder), study, range(10)).outcomes
         spread.append(np.std([(run.scores[0] - runs_of["full"][fold].scores[0]).mean()
                               for fold, run in runs_of["adapter"].items()], ddof=1))
     assert "deviation of {:.2f} points, in the ten folds of the accuracy rule {:.2f}".format(*spread) in limits
+
+
+def test_what_the_limits_say_of_few_sentences_is_true_of_the_records():
+    limits = " ".join((ROOT / "results/limits.md").read_text().split())
+    searched = compare.read_place(ROOT / "results/search")
+    for technique, cost in (("adapter", 1.7), ("lora", 0), ("full", 0)):
+        means = rates.average(rates.search(f"{technique}-86", searched))
+        (chosen, _), highest = rates.choose(means), rates.most_accurate(means)
+        assert round(100 * (means[highest][0] - means[chosen][0]), 1) == cost
+        assert f"costs adapters {cost} points on dev (2.5e-4 instead of 5e-4)" in limits or not cost
+    few = compare.collect(compare.read_place(ROOT / "results"), "data", range(10)).outcomes
+    lora, full = (compare.mean_std(few[f"{name}, 431 sentences"].values(), "loss")[0]
+                  for name in ("LoRA", "full fine-tuning"))
+    assert f"its raw loss is worse ({lora:.2f} against {full:.2f})" in limits
 
 
 # -- runs -------------------------------------------------------------------------------------------------
@@ -2861,6 +2879,22 @@ def test_failed_runs_are_counted_and_left_out_of_means(fake_place):
     assert compare.report_study(fake_place, "techniques")[0]
 
 
+def test_a_study_without_contrasts_says_where_each_series_is_best_by_accuracy_and_by_loss(fake_place):
+    skills = {6.25e-5: 1, 2.5e-4: 3, 1e-3: 3, 4e-3: 2}
+    for variant in STUDIES["alpha"].variants:
+        run = runs.make_run(fake_place, variant, 0)
+        fake_record(run, skills[variant.x])
+        if variant.name == "alpha = 16, rank 1, lr 0.001":  # as accurate, but too confident
+            record = read_json(run.record)
+            record["dev"]["logits"] = (5 * np.array(record["dev"]["logits"])).tolist()
+            write_json(run.record, record)
+    lines = compare.find_best(compare.collect(fake_place, "alpha", [0]))
+    assert len(lines) == 6
+    assert lines[0] == "alpha = 16, rank 1: highest dev accuracy at 0.00025 and 0.001, lowest raw loss at 0.00025"
+    assert lines[5] == ("alpha = 2 rank, rank 64: highest dev accuracy at 0.00025 and 0.001, "
+                        "lowest raw loss at 0.00025 and 0.001")
+
+
 def comparison(mean, half, runs=10, needed=None, margin=1.0, lower_is_better=False):
     found = stats.judge(mean, half / stats.student_t(0.95, 9), 9, runs, 1, margin, lower_is_better)
     return stats.replace(found, needed=needed)
@@ -2887,13 +2921,14 @@ def test_the_folds_that_are_needed_settle_the_claim_and_not_only_the_difference(
     ("equivalent", comparison(-0.9, 0.5), comparison(1, 2), "inconclusive (worse, perhaps by less than 1 point)"),
     ("equivalent", comparison(0.9, 0.5), comparison(1, 2), "inconclusive (better, perhaps by less than 1 point)"),
     ("equivalent", comparison(-3, 1), comparison(1, 2), "contradicted (worse)"),
-    ("equivalent", comparison(0.5, 2, needed=14), comparison(-1, 0.5), "inconclusive (14 folds needed)"),
+    ("equivalent", comparison(0.5, 2, needed=14), comparison(-1, 0.5), "inconclusive (14 folds would settle it)"),
     ("better", comparison(3, 1), comparison(1, 2), "confirmed"),
     ("better", comparison(-3, 1), comparison(1, 2), "contradicted (worse)"),
-    ("better", comparison(0.5, 2, needed=20), comparison(1, 2), "inconclusive (20 folds needed)"),
+    ("better", comparison(0.5, 2, needed=20), comparison(1, 2), "inconclusive (20 folds would settle it)"),
     ("better", comparison(0.5, 2), LOWER_LOSS, "confirmed by calibrated loss"),
     ("worse", comparison(0.5, 2), LOWER_LOSS, "contradicted by calibrated loss (better)"),
     ("better", comparison(0.1, 0.5), comparison(0, 2, margin=None), "not confirmed (equivalent within 1 point)"),
+    ("better", comparison(0.1, 0.5), LOWER_LOSS, "not confirmed (equivalent within 1 point)"),
     ("better", comparison(3, 1, runs=1), comparison(1, 2), "confirmed, one run")])
 def test_a_verdict_follows_from_the_intervals_and_the_claim(expected, accuracy, loss, words):
     contrast = Contrast("a", "b", expected)
@@ -2970,14 +3005,14 @@ def test_a_report_trains_nothing_and_repeats_to_the_byte(fake_place, monkeypatch
         assert compare.main(compare.parse(["--report", "--out", str(out)])) == 0
         contents.append({path.name: path.read_bytes() for path in out.iterdir() if path.is_file()})
     assert contents[0] == contents[1]
-    assert contents[0].keys() == {"README.md", "rank.png", "rates.png", "rates.json", "analysis.json", "limits.md"}
+    assert contents[0].keys() == {"README.md", "rank.png", "rank-differences.png", "rates.png", "rates.json", "analysis.json", "limits.md"}
     text = contents[0]["README.md"].decode()
     assert "## rank\n" in text and "## light\n" not in text and "| head tuning | 0.00" in text
-    assert "| a claim (a paper) | 3 | confirmed |" in text and "--study rank --folds 2" in text
+    assert "| a claim (a paper) | 3 | confirmed |" in text and "--study rank --folds 2 --precision fp32" in text
     assert "- A limit of these runs.\n" in text and "close call" not in text  # that is a limit of the published runs
     assert "## other: Learning rates\n" in text and "(other/rates.png)" in text
     assert "## other: dropout\n" in text and "| other: encoder dropout of 0.1" in text and "(other/dropout.png)" in text
-    assert f"--folds 1 --epochs 4 --out {out.as_posix()}/other`" in text
+    assert f"--folds 1 --epochs 4 --precision fp32 --out {out.as_posix()}/other`" in text
     assert "## same: bottleneck\n" in text and "| same: the size of the adapters" in text
     assert "same: rank" not in text and "| same: a rank of 1" not in text  # the main runs decide
     assert "## weights: rank\n" in text and "| weights: a rank of 1" in text  # other weights: another comparison
@@ -2986,16 +3021,16 @@ def test_a_report_trains_nothing_and_repeats_to_the_byte(fake_place, monkeypatch
 
 
 @pytest.mark.parametrize("name", [name for name, study in STUDIES.items() if study.contrasts])
-def test_the_note_of_a_figure_names_the_reference_of_every_bar(name, fake_place):
-    result = fake_study(fake_place, name, [0])
-    note = compare.explain_bars([compare.measure(result, contrast) for contrast in result.study.contrasts])
-    references = {}
-    for contrast in result.study.contrasts:
-        references.setdefault(compare.label(contrast.a), compare.label(contrast.b))
-    for name, reference in references.items():
-        assert f"difference to {reference};" in note if len(set(references.values())) == 1 else re.search(
-            rf"^reference of (.* and )?{re.escape(name)}( and .*)?: {re.escape(reference)}$", note, re.M)
-    assert compare.explain_bars([]) is None
+def test_a_figure_has_error_bars_only_if_all_are_relative_to_one_variant(name, fake_place):
+    result = fake_study(fake_place, name, range(2))
+    findings = [compare.measure(result, contrast) for contrast in result.study.contrasts]
+    shown = compare.shown_by_bars(findings, result.study.variants)
+    assert bool(shown) == (name in ("techniques", "techniques-loss", "rank", "bottleneck", "init"))
+    points = [point for series in compare.get_panels(result, shown).values() for row in series.values() for point in row]
+    assert sum(point.low is None for point in points) == (1 if shown else len(points))
+    for found in shown.values():
+        assert f"difference to {compare.label(found.contrast.b)};" in compare.explain_bars(shown)
+    assert compare.explain_bars({}) == ""
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -3006,6 +3041,14 @@ def test_the_command_in_the_report_of_a_study_alone_is_accepted(study, fake_plac
     assert any(f"--study {study} " in command for command in commands)
     for command in commands:
         compare.parse(shlex.split(command)[2:])
+
+
+def test_the_commands_of_a_report_repeat_the_precision_of_its_records(fake_place):
+    fake_study(fake_place, "dropout", range(2))
+    assert compare.read_place(fake_place.out).common["precision"] == "fp32"
+    fake_record(runs.make_run(fake_place, Variant("lora", "lora"), 0), 1, precision="bf16")
+    place = compare.read_place(fake_place.out)
+    assert place.common["precision"] == "auto" and compare.inputs(place) == compare.inputs(fake_place)
 
 
 def test_a_report_finds_runs_whose_test_file_was_named_in_two_ways(fake_place):
@@ -3288,6 +3331,11 @@ def test_a_walkthrough_repeats_but_for_the_ratio_of_times(tiny, capsys):
     assert len([line for line in one if line not in two]) <= 1
 
 
+def test_the_walkthrough_of_full_fine_tuning_squares_the_singular_values(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda matrix: torch.tensor([3.0, 1.0]))
+    assert any("90% of its squared norm: 1 of 2" in line for line in walk("full", tiny, capsys))  # 9 of 10; not 3 of 4
+
+
 def test_a_walkthrough_refuses_weights_that_are_not_there_in_one_line(tmp_path, capsys):
     assert command_line.main(["explain", "lora", "--weights", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -3347,8 +3395,10 @@ def test_the_results_in_the_readme_are_those_of_the_records():
     assert f"only {1 - memory['lora'] / memory['full']:.0%} below that of full fine-tuning" in README
     assert f"each of {sum(run.scores.shape[1] for run in result.outcomes['full'].values()):,} sentences" in shown
     doubling = compare.collect(place, "doubling", range(10))
-    high = compare.measure(doubling, Contrast("adapter lr 0.002", "full lr 2.5e-05"))
-    assert f"{high.accuracy.mean:+.2f} at their most accurate rate on dev".replace("-", "−") in shown
+    adapter, lora = (compare.measure(doubling, Contrast(f"{name}, rate 0.002", "full fine-tuning, rate 2.5e-05"))
+                     for name in ("adapters", "LoRA"))
+    assert (f"(at the most accurate rates on dev: {lora.accuracy.mean:+.2f} and {adapter.accuracy.mean:+.2f})"
+            ).replace("-", "−") in shown
     for study in ("rank", "targets", "bottleneck", "init", "layers", "data", "light"):
         result = compare.collect(place, study, range(10))
         found = [compare.measure(result, contrast) for contrast in result.study.contrasts
@@ -3360,6 +3410,10 @@ def test_the_results_in_the_readme_are_those_of_the_records():
         if len(set(verdicts)) == 1:
             verdicts = verdicts[:1]
         assert f"| {len(result.folds)} | {differences} | {'; '.join(verdicts)} |" in shown, study
+    best = [line.rpartition(" at ")[2] for line in compare.find_best(compare.collect(place, "alpha", [0]))]
+    assert best == ["0.00025", "0.00025", "0.00025", "0.001", "0.00025", "6.25e-05"]
+    assert ("2.5e-4 then has the lowest dev loss for ranks 1, 8 and 64; with alpha = 2 rank, it is 1e-3, 2.5e-4 and "
+            "6.25e-5 ([one fold](results/alpha-loss.png)") in README
     imdb = compare.collect(compare.read_place(ROOT / "results/imdb"), "techniques", [0])
     found = {name: found[0].numbers["accuracy"] for name, found in imdb.outcomes.items()}
     assert ("head tuning {head:.2f}%, adapters {adapter:.2f}%, LoRA {lora:.2f}%, full fine-tuning {full:.2f}%. The "
@@ -3374,8 +3428,8 @@ def test_the_results_in_the_readme_are_those_of_the_records():
     halves = found["differences"]["lower half instead of upper half"]
     word = analysis.as_verdict(halves["verdict"])
     assert f"| {found['runs']} | {halves['mean']:+.1f} | {word} |".replace("-", "−") in shown
-    text, (rank,) = (ROOT / "results/analysis.json").read_text(), re.findall(r"rank (\d+ of \d+)", README)
-    assert f"90% of the update's energy needs rank {rank} (full)" in text
+    text, (rank,) = (ROOT / "results/analysis.json").read_text(), re.findall(r"(\d+ of \d+) singular values hold 90%", README)
+    assert f"The largest {rank} (full)" in text
     unmerged, adapters = re.search(r"batch 1: .*?unmerged LoRA \+([\d.]+)%.*?; adapters \+([\d.]+)%", text).groups()
     assert f"{float(adapters):.0f}% to its time at batch 1" in README
     assert f"{float(unmerged):.0f}% more time at batch 1" in README

@@ -224,13 +224,16 @@ def claim_spectrum(found):
             "source": "Hu et al. 2021, section 4.1 (hypothesis); Biderman et al. 2024, arXiv 2405.09673 (the "
                       "opposite); Shuttleworth et al. 2024, arXiv 2410.21228 (intruders)",
             "measured": f"{runs}, mean over all trained matrices ({matrices['full']} full, {matrices['lora']} "
-                        f"LoRA). 90% of the update's energy needs rank {needed} of {len(full)} (full) and {rank} of "
-                        f"{most} (LoRA); the first {most} ranks hold {full[:most].sum():.0%} of full fine-tuning's. "
-                        f"Intruder dimensions among the top 10 of each matrix: {new['full']} of "
-                        f"{10 * matrices['full']:,} (full), {new['lora']} of {10 * matrices['lora']:,} (LoRA)",
+                        f"LoRA). The largest {needed} of {len(full)} (full) and {rank} of {most} (LoRA) singular "
+                        f"values of the update hold 90% of its squared norm (energy); the largest {most} hold "
+                        f"{full[:most].sum():.0%} of full fine-tuning's. Intruder dimensions (new singular vectors, "
+                        "with a cosine below 0.5 to every old one) among the top 10 of each matrix: "
+                        f"{new['full']} of {10 * matrices['full']:,} (full), {new['lora']} of "
+                        f"{10 * matrices['lora']:,} (LoRA)",
             "verdict": f"{runs}. No verdict on low rank: the hypothesis is that a low-rank update suffices, not "
-                       f"that full fine-tuning finds one. Intruder dimensions: {new['lora']} with LoRA, {new['full']} "
-                       "with full fine-tuning",
+                       "that full fine-tuning finds one. Intruder dimensions with LoRA: "
+                       f"{'confirmed' if new['lora'] else 'not confirmed'}; none with full fine-tuning: "
+                       f"{'contradicted' if new['full'] else 'confirmed'}",
             "figure": "spectrum.png"}
 
 
@@ -238,10 +241,11 @@ def claim_forgetting(found, seeds=False):
     """found: {technique: [result of similarity_kept for each run]}, with full and lora on the same folds (or seeds)."""
     pairs = [np.subtract(lora["groups"], full["groups"]) for lora, full in zip(found["lora"], found["full"])]
     pair, runs = vars(stats.compare(pairs, "dev", seeds, margin=None)), each(len(pairs))
-    means = "; ".join(f"{name} {np.mean([run['correlation'] for run in rows]):.3f}" for name, rows in found.items())
+    means = "; ".join(f"{options.TECHNIQUES[name].label} {np.mean([run['correlation'] for run in rows]):.3f}"
+                      for name, rows in found.items())
     return {"claim": "LoRA forgets less than full fine-tuning (here: stays closer to the untouched encoder)",
             "source": "Biderman et al. 2024, arXiv 2405.09673",
-            "measured": f"{runs}. Rank correlation of sentence similarities with the untouched model (1), "
+            "measured": f"{runs}. Rank correlation of sentence similarities before and after training (untouched: 1), "
                         f"{found['full'][0]['sentences']} dev sentences: {means}. LoRA - full in {len(pairs[0])} "
                         f"groups of sentences: {span(pair, '', 3)}{at_level(pair)}",
             "verdict": f"{runs}. LoRA stays closer: {as_verdict(pair['verdict'])}. What the encoder can still do was "
@@ -348,7 +352,9 @@ def analyse(out, runs=None, weights=None):
     for name, row in found.items():
         parts = {part: size / 1e6 for part, size in row["formula"].items()}
         bars[name] = plots.Memory(**parts, measured=sum(row["measured"][part] for part in parts) / 1e6)
-    plots.memory(bars, out / "memory.png")
+    note = (f"{SENTENCES} sentences of {TOKENS} tokens, fp32; bars: by formula; diamond: tensors counted in a step;\n"
+            "the peak of a process is higher")
+    plots.memory(bars, note, out / "memory.png")
     sections["memory"] = found | {"row": claim_memory(found)}
     return sections
 

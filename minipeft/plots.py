@@ -70,13 +70,11 @@ def look(name, names=()):
     return label, *LOOKS[index % len(LOOKS)]
 
 
-def draw(axis, series, line="-", dodge=0.0):
-    """Draw series with their error bars. dodge: distance in x (log x on a log axis) that keeps their bars apart."""
-    for index, (name, points) in enumerate(series.items()):
+def draw(axis, series, line="-"):
+    """Draw series with their error bars."""
+    for name, points in series.items():
         label, colour, marker = look(name, series)
         x, y, low, high = np.array([astuple(point) for point in points], dtype=float).T
-        shift = dodge * (index - (len(series) - 1) / 2)
-        x = x * np.exp(shift) if axis.get_xscale() == "log" else x + shift
         axis.plot(x, y, linestyle=line, color=colour, marker=marker, label=label)
         axis.errorbar(x, (low + high) / 2, (high - low) / 2, fmt="none", color=colour, capsize=3)
 
@@ -164,8 +162,8 @@ def costs(rows, machine, path):
 
 
 @rc_context(STYLE)
-def memory(rows, path):
-    """Memory of a training step by purpose, stacked. rows: {name: Memory}."""
+def memory(rows, note, path):
+    """Memory of a training step by purpose, stacked. rows: {name: Memory}; note: stands below."""
     figure, [[axis]] = figure_in_style(size=(9, 1.9 + 0.5 * len(rows)))
     left = np.zeros(len(rows))
     for part, colour in zip(fields(Memory)[:4], ("#4d4d4d", "#e69f00", "#56b4e9", "#c9c9c9")):
@@ -178,7 +176,7 @@ def memory(rows, path):
     axis.set_xlabel("memory of a training step (MB)")
     axis.xaxis.set_major_formatter("{x:,.0f}")
     horizontal(axis, rows)
-    return finish(figure, path)
+    return finish(figure, path, note)
 
 
 def scale_of_best(series, better, least):
@@ -217,8 +215,9 @@ def rates(accuracy, loss, chosen_by_accuracy, chosen_by_loss, path):
 
 
 @rc_context(STYLE)
-def differences(rows, path):
-    """Paired differences with intervals and verdicts. rows: {label: stats.Comparison}, all of one study."""
+def differences(rows, part, path):
+    """Paired differences with intervals and verdicts. rows: {label: stats.Comparison}, all of one study; part: "test"
+    or "dev"."""
     figure, [[axis]] = figure_in_style(size=(9, 1.8 + 0.6 * len(rows)))
     axis.axvspan(-1, 1, color="#dbe9f6", label="equivalence band ±1", zorder=0)
     axis.axvline(0, color=INK, linewidth=1)
@@ -230,21 +229,22 @@ def differences(rows, path):
         axis.plot(row.mean, index, "o", color=INK, markersize=8)
         text = f"{row.mean:+.2f} [{row.low:+.2f}, {row.high:+.2f}]".replace("-", "−") + f"\n{row.verdict}"
         if row.needed:
-            text += f" ({row.needed} folds needed)"
+            text += f" ({row.needed} folds would settle it)"
         if row.runs == 1:
             text += ", one run"
         axis.annotate(text, (1.02, index), xycoords=axis.get_yaxis_transform(), va="center", size=10)
     horizontal(axis, rows)
-    axis.set_xlabel("difference in test accuracy (points)")
+    axis.set_xlabel(f"difference in {part} accuracy (points)")
+    axis.locator_params(axis="x", nbins=6)
     return finish(figure, path)
 
 
 @rc_context(STYLE)
-def study(x_label, panels, path, bars=None, y_label="test accuracy (%)", references=None):
+def study(x_label, panels, y_label, path, note="", references=None):
     """A measure against one setting. panels: {title: series}, side by side on one y axis; "" for a single panel.
 
-    x: numbers (log axis), or strings (categories in their order). bars: what the error bars are, or None without any.
-    references: {name of a technique: value}, dashed lines; one that is far off the scale is in the legend alone.
+    x: numbers (log axis), or strings (categories in their order). note: stands below. references: {name of a technique:
+    value}, dashed lines; one that is far off the scale is in the legend alone.
     """
     figure, [axes] = figure_in_style(1, len(panels), (9, 5.2), sharey=True)
     for axis, (title, series) in zip(axes, panels.items()):
@@ -252,14 +252,13 @@ def study(x_label, panels, path, bars=None, y_label="test accuracy (%)", referen
         axis.set(title=title, xlabel=x_label)
         if isinstance(xs[0], str):
             draw(axis, {name: [replace(point, x=xs.index(point.x)) for point in points]
-                        for name, points in series.items()}, "none", dodge=0.12)
+                        for name, points in series.items()}, "none")
             width = max(9, 80 // len(xs) // len(panels))  # in letters
             axis.set_xticks(range(len(xs)), ["\n".join(fill(line, width) for line in x.split("\n")) for x in xs])
             axis.set_xlim(-0.5, len(xs) - 0.5)
             continue
         axis.set_xscale("log")
-        shared = len(xs) < sum(map(len, series.values()))  # bars at one x would hide each other
-        draw(axis, series, dodge=0.012 * np.log(max(xs) / min(xs)) if bars and shared else 0)
+        draw(axis, series)
         axis.margins(x=0.08)
         if all(larger > 1.2 * x for x, larger in pairwise(sorted(xs))):  # far enough apart to label each
             axis.set_xticks(xs, [f"{x:,g}" if x < 1e5 else f"{x / 1e6:.3g} M" for x in xs])
@@ -272,7 +271,7 @@ def study(x_label, panels, path, bars=None, y_label="test accuracy (%)", referen
         for axis in axes:
             axis.axhline(value if near else np.nan, color=colour, linestyle="--", linewidth=1.5,
                          label=f"{label}: {value:.1f}" + ("" if near else " (off the scale)"))
-    return finish(figure, path, f"bars: {bars}" if bars else "", 4)
+    return finish(figure, path, note, 4)
 
 
 @rc_context(STYLE)
@@ -306,7 +305,7 @@ def spectra(series, path):
     figure, [[axis]] = figure_in_style()
     for name, matrices in series.items():
         label, colour, marker = look(name, series)
-        squares = np.square(np.array([values[:min(map(len, matrices))] for values in matrices], dtype=float))
+        squares = np.square(np.array(matrices, dtype=float))
         energy = 100 * squares.cumsum(1) / squares.sum(1, keepdims=True)  # (matrices, rank)
         ranks = np.arange(1, energy.shape[1] + 1)
         enough = ranks[energy.mean(0) >= 90][0]

@@ -68,7 +68,7 @@ def word(value):
 def make_run(place, variant, repeat, rule="accuracy"):
     """The run of a variant on fold `repeat` (with --test: with this seed). Equal settings give equal names."""
     default, fold = defaults(variant.technique), None if place.common["test"] else repeat
-    search = SEARCHES.get(variant.name) or SEARCHES.get(variant.technique)
+    search = SEARCHES.get(variant.search or variant.technique)
     lr = getattr(search, rule) if search else default["lr"]
     given = default | place.common | {"lr": lr, "seed": repeat, "fold": fold, "resume": True} | variant.options
     words = [f"{name}-{word(value)}" for name, value in checkpoint.recorded(Namespace(**given)).items()

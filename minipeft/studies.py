@@ -18,7 +18,7 @@ class Search:
     options: dict = field(default_factory=dict)
 
 
-TOP_BLOCK, TOP_TWO = {"top_layers": 1}, {"top_layers": 2}
+TOP_BLOCK, TOP_TWO_BLOCKS = {"top_layers": 1}, {"top_layers": 2}
 FEW = {sentences: {"limit": sentences, "epochs": 20, "eval_every": 20}  # measuring dev takes longer than an epoch
        for sentences in (86, 431)}  # 1 and 5%; 60 and 280 steps
 SEARCHES = {
@@ -27,8 +27,8 @@ SEARCHES = {
     "lora": Search("lora", 5e-4, 5e-4, 2.5e-4),
     "bitfit": Search("bitfit", 4e-3, 2e-3, 4e-3),
     "full": Search("full", 5e-5, 2.5e-5, 1.25e-5),
-    "last-block": Search("full", 2e-4, 2e-4, 4e-4, TOP_BLOCK),
-    "two-blocks": Search("full", 2e-4, 2e-4, 1e-4, TOP_TWO),
+    "top-block": Search("full", 2e-4, 2e-4, 4e-4, TOP_BLOCK),
+    "top-two-blocks": Search("full", 2e-4, 2e-4, 1e-4, TOP_TWO_BLOCKS),
     "adapter-86": Search("adapter", 5e-4, 2.5e-4, 2.5e-4, FEW[86]),
     "lora-86": Search("lora", 5e-4, 2.5e-4, 1.25e-4, FEW[86]),
     "full-86": Search("full", 5e-5, 5e-5, 2.5e-5, FEW[86]),
@@ -42,12 +42,13 @@ SEARCHES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One setting, run on several folds. Unless `options` has "lr", its learning rate is that of the search with its
-    name, or else of its technique. series, x, panel: its place in the figure (series None: its own; x None: the number
-    of trained parameters)."""
+    """One setting, run on several folds. search: the search that its learning rate comes from, unless `options` has
+    "lr" (None: that of its technique). series, x, panel: its place in the figure (series None: its own; x None: the
+    number of trained parameters)."""
     name: str
     technique: str
     options: dict = field(default_factory=dict)
+    search: str | None = None
     series: str | None = None
     x: float | str | None = None
     panel: str = ""
@@ -83,26 +84,33 @@ def label(name):
     return TECHNIQUES[name].label if name in TECHNIQUES else name
 
 
-def vary(technique, option, values, kind=float):
-    """One variant for each value of an option. kind: str for categories on the x axis."""
-    return [Variant(f"{technique} {option} {value:g}", technique, {option: value}, technique, kind(value))
-            for value in values]
+def vary(technique, option, values, kind=float, word=None):
+    """One variant for each value of an option, which names call `word`. kind: str for categories on the x axis."""
+    return [Variant(f"{label(technique)}, {word or option} {value:g}", technique, {option: value}, series=technique,
+                    x=kind(value)) for value in values]
+
+
+def with_few(technique, sentences):
+    return Variant(f"{label(technique)}, {sentences} sentences", technique, FEW[sentences], f"{technique}-{sentences}",
+                   series=technique, x=sentences)
 
 
 def lora_on(name, rank, targets):
-    return Variant(f"{name}, rank {rank}", "lora", {"targets": targets, "rank": rank}, "lora", f"{name}\nrank {rank}")
+    return Variant(f"{name}, rank {rank}", "lora", {"targets": targets, "rank": rank}, series="lora",
+                   x=f"{name}\nrank {rank}")
 
 
 def constant_and_growing_alpha(ranks=(1, 8, 64), rates=(6.25e-5, 2.5e-4, 1e-3, 4e-3)):
     """Two rules for alpha. At rank 8 both give alpha 16: the same runs."""
     return [Variant(f"{panel}, rank {rank}, lr {lr:g}", "lora", {"rank": rank, "alpha": alpha(rank), "lr": lr},
-                    f"rank {rank}", lr, panel)
+                    series=f"rank {rank}", x=lr, panel=panel)
             for panel, alpha in (("alpha = 16", lambda rank: 16.0), ("alpha = 2 rank", lambda rank: 2.0 * rank))
             for rank in ranks for lr in rates]
 
 
 HEAD, ADAPTER, LORA, BITFIT, FULL = (Variant(name, name) for name in ("head", "adapter", "lora", "bitfit", "full"))
-LAST_BLOCK, TWO_BLOCKS = Variant("last-block", "full", TOP_BLOCK), Variant("two-blocks", "full", TOP_TWO)
+TOP_ONE = Variant("top block", "full", TOP_BLOCK, "top-block")
+TOP_TWO = Variant("top two blocks", "full", TOP_TWO_BLOCKS, "top-two-blocks")
 PARAMETERS = "trained parameters, head included"
 MAIN = Study(
     "LoRA and adapters match full fine-tuning (Houlsby et al.: within 0.4 points)",
@@ -115,8 +123,8 @@ STUDIES = {
     "rank": Study(
         "a rank of 1 is enough, and 64 adds nothing (against 8)", "Hu et al., table 6 and section 7.2",
         "rank (alpha = 16)", vary("lora", "rank", (1, 8, 64)),
-        [Contrast("lora rank 1", "lora rank 8", "equivalent"), Contrast("lora rank 64", "lora rank 8", "equivalent")],
-        8, references=True),
+        [Contrast("LoRA, rank 1", "LoRA, rank 8", "equivalent"),
+         Contrast("LoRA, rank 64", "LoRA, rank 8", "equivalent")], 8, references=True),
     "alpha": Study(
         "with a constant alpha the best learning rate does not move with the rank",
         "Hu et al., section 4.1; Schulman 2025", "learning rate", constant_and_growing_alpha(), [], 1, part="dev"),
@@ -133,44 +141,49 @@ STUDIES = {
     "bottleneck": Study(
         "the size of the adapters matters little (8 and 128 against 32)", "Houlsby et al., sections 3.4 and 3.6",
         "bottleneck", vary("adapter", "bottleneck", (8, 32, 128)),
-        [Contrast("adapter bottleneck 8", "adapter bottleneck 32", "equivalent"),
-         Contrast("adapter bottleneck 128", "adapter bottleneck 32", "equivalent")], 8, references=True),
+        [Contrast("adapters, bottleneck 8", "adapters, bottleneck 32", "equivalent"),
+         Contrast("adapters, bottleneck 128", "adapters, bottleneck 32", "equivalent")], 8, references=True),
     "layers": Study(
         "adapters in all blocks beat training the top one or two blocks", "Houlsby et al., figure 3", PARAMETERS,
-        [ADAPTER, LAST_BLOCK, TWO_BLOCKS],
-        [Contrast("adapter", "last-block", "better"), Contrast("adapter", "two-blocks", "better")]),
+        [ADAPTER, TOP_ONE, TOP_TWO],
+        [Contrast("adapter", "top block", "better"), Contrast("adapter", "top two blocks", "better")]),
     "init": Study(
         "adapters degrade if their initialisation is large", "Houlsby et al., section 3.6 and figure 6 (right)",
-        "standard deviation of the initialisation", vary("adapter", "init_std", (1e-2, 1e-1, 1.0)),
-        [Contrast("adapter init_std 0.1", "adapter init_std 0.01"),
-         Contrast("adapter init_std 1", "adapter init_std 0.01", "worse")], references=True),
+        "standard deviation of the initialisation",
+        vary("adapter", "init_std", (1e-2, 1e-1, 1.0), word="initialisation"),
+        [Contrast("adapters, initialisation 0.1", "adapters, initialisation 0.01"),
+         Contrast("adapters, initialisation 1", "adapters, initialisation 0.01", "worse")], references=True),
     "data": Study(
         "with about a hundred sentences, LoRA and adapters beat full fine-tuning (with a thousand, they do not)",
         "Hu et al., appendix F.3, table 16 (LoRA)", "training sentences",
-        [Variant(f"{technique}-{sentences}", technique, options, technique, sentences)
-         for sentences, options in FEW.items() for technique in ("adapter", "lora", "full")],
-        [Contrast(f"{technique}-{sentences}", f"full-{sentences}", "better" if sentences == 86 else None)
-         for sentences in FEW for technique in ("adapter", "lora")], 10),
+        [with_few(technique, sentences) for sentences in FEW for technique in ("adapter", "lora", "full")],
+        [Contrast(with_few(technique, sentences).name, with_few("full", sentences).name,
+                  "better" if sentences == 86 else None) for sentences in FEW for technique in ("adapter", "lora")],
+        10),
     "light": Study(
         "training the biases alone is competitive with full fine-tuning", "Ben Zaken et al. 2021, abstract and table 1",
-        PARAMETERS, [BITFIT, LAST_BLOCK, LORA, FULL],
-        [Contrast("bitfit", "full", "equivalent"), Contrast("bitfit", "lora"), Contrast("last-block", "full"),
-         Contrast("last-block", "lora")], 10),
+        PARAMETERS, [BITFIT, TOP_ONE, LORA, FULL],
+        [Contrast("bitfit", "full", "equivalent"), Contrast("bitfit", "lora"), Contrast("top block", "full"),
+         Contrast("top block", "lora")], 10),
     "dropout": Study(
         "encoder dropout of 0.1 against the default 0, on dev", "check of the protocol", "encoder dropout",
         vary("full", "dropout", (0.0, 0.1), str) + vary("lora", "dropout", (0.0, 0.1), str),
-        [Contrast(f"{name} dropout 0.1", f"{name} dropout 0") for name in ("full", "lora")], 3, part="dev"),
+        [Contrast(f"{label(name)}, dropout 0.1", f"{label(name)}, dropout 0") for name in ("full", "lora")], 3,
+        part="dev"),
     "epochs": Study(
         "10 epochs against the default 3, on dev", "check of the protocol", "epochs",
         vary("head", "epochs", (3, 10), str) + vary("bitfit", "epochs", (3, 10), str),
-        [Contrast(f"{name} epochs 10", f"{name} epochs 3") for name in ("head", "bitfit")], 3, part="dev"),
+        [Contrast(f"{label(name)}, epochs 10", f"{label(name)}, epochs 3") for name in ("head", "bitfit")], 3,
+        part="dev"),
     "doubling": Study(
         "2e-3, the rate with the highest dev accuracy in the search, for adapters and for LoRA; its double loses more "
         "than 1 point",
         "check of the protocol, planned after the main results were known", "learning rate",
-        vary("adapter", "lr", (1e-3, 2e-3)) + vary("lora", "lr", (5e-4, 2e-3)) + vary("full", "lr", (2.5e-5,)),
-        [Contrast("adapter lr 0.002", "adapter lr 0.001"), Contrast("lora lr 0.002", "lora lr 0.0005"),
-         Contrast("adapter lr 0.002", "full lr 2.5e-05"), Contrast("lora lr 0.002", "full lr 2.5e-05")], 10),
+        vary("adapter", "lr", (1e-3, 2e-3), word="rate") + vary("lora", "lr", (5e-4, 2e-3), word="rate")
+        + vary("full", "lr", (2.5e-5,), word="rate"),
+        [Contrast("adapters, rate 0.002", "adapters, rate 0.001"), Contrast("LoRA, rate 0.002", "LoRA, rate 0.0005"),
+         Contrast("adapters, rate 0.002", "full fine-tuning, rate 2.5e-05"),
+         Contrast("LoRA, rate 0.002", "full fine-tuning, rate 2.5e-05")], 10),
 }
 
 
@@ -180,9 +193,9 @@ PROTOCOL = """\
 - Every technique has the same encoder, head, initialisation of the head, order of batches, schedule and number of
   epochs, and no dropout in the encoder. The hash of a text puts it into one of eleven parts. Fold i tests on part i,
   part 10 is dev, the other nine are for training.
-- All choices use dev only. Learning rates come from a grid by factors of 2 on folds 0 to 2, the best never at an
-  edge. Accuracy rule (primary; it sets train.py's defaults): the highest mean dev accuracy among the rates
-  that lose at most 1 point when doubled. Loss rule: the lowest mean dev loss.
+- Learning rates are chosen on dev only, from a grid by factors of 2 on folds 0 to 2, the best never at an edge.
+  Accuracy rule (primary; it sets train.py's defaults): the highest mean dev accuracy among the rates that lose at most
+  1 point when doubled. Loss rule: the lowest mean dev loss.
 - Measures: accuracy, and calibrated loss: log loss after dividing the logits by one number, the temperature, fitted
   on the dev predictions of the run. Raw loss: without the temperature. Calibration error: the mean distance between
   confidence and accuracy, in 15 bins. Gain kept: the share of the difference between head tuning and full
@@ -201,8 +214,8 @@ LIMITS = """\
 - In the studies of rank, targets, bottleneck and initialisation, all variants have one learning rate: that of rank 8
   on all layers, bottleneck 32 and standard deviation 0.01. With rates of their own, results could differ.
 - Rates are searched on three folds, and dev has about a thousand sentences: neighbouring rates can be equally good.
-- The number of folds needed takes mean and variance found so far as the true ones: a rough guess. Beyond ten they are
-  folds of further splits.
+- The number of folds that would settle a comparison, in one way or the other, takes mean and variance found so far as
+  the true ones: a rough guess. Beyond ten they are folds of further splits. No number: more than 100.
 - Intervals do not include the uncertainty of the choice of rates.
 - The correction for folds is an approximation. ± is the standard deviation over runs, not an interval.
 - Failed runs are counted in the tables, and left out of means and differences. A study has the folds that all its
