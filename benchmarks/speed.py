@@ -396,7 +396,7 @@ def tables(content):
             cells.append(f"{times:.2f} (aim {aim})" if aim else f"{times:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
 
-    lines += ["", "| LoRA, added one by one | seconds an epoch | times faster | peak memory (MB) |",
+    lines += ["", "| LoRA, added one by one | seconds an epoch | times the row above | peak memory (MB) |",
               "|---|---|---|---|"]
     before = None
     for rung, (label, _, _) in enumerate(LADDER):
@@ -417,7 +417,8 @@ def tables(content):
                 f"{cell(f'long-{tokens}/plain', 'peak_memory_mb')} MB |" for tokens in options["long"])]
     for number, words in ((1, "one after the other"), (2, "two at once")):
         threads, seconds = runs[f"jobs/{number}/0"]["threads"], median(values(f"jobs/{number}"))
-        lines.append(f"| runs an hour, {words}, threads each: {threads} | {number * 3600 / seconds:.0f} |")
+        lines.append(f"| runs of {32 * options['steps']} sentences an hour, {words}, threads each: {threads} | "
+                     f"{number * 3600 / seconds:.0f} |")
     return lines
 
 

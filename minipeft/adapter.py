@@ -28,7 +28,7 @@ class Adapter(nn.Module):
         if bottleneck < 1:
             raise ValueError(f"bottleneck must be at least 1, not {bottleneck}")
         if init_std <= 0:
-            raise ValueError(f"init_std must be positive, not {init_std}: at zero the adapter would not learn")
+            raise ValueError(f"init_std must be positive, not {init_std}: at zero its matrices would not learn")
         self.down = nn.Linear(width, bottleneck, device=device, dtype=torch.float32)
         self.up = nn.Linear(bottleneck, width, device=device, dtype=torch.float32)
         for layer in (self.down, self.up):

@@ -13,7 +13,7 @@ from .machine import Compute, progress_bar
 
 def apply_lora(encoder, settings):
     if settings.init_from:
-        from .interop import start_lora  # it imports this file
+        from .interop import start_lora  # start from a LoRA that peft saved; interop imports this file
         return start_lora(encoder, settings)
     return add_lora(encoder, settings.targets, settings.rank, settings.alpha, settings.lora_dropout, settings.rslora)
 
