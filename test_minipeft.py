@@ -2677,6 +2677,10 @@ def test_the_close_call_in_the_limits_is_that_of_the_records():
     full, lora = (one.mean for one in found)
     assert f"by {full:+.2f} points (full fine-tuning) and {lora:+.2f} (LoRA)" in limits
     assert f"LoRA would gain {lora - full:.1f} point" in limits
+    epochs = compare.collect(compare.read_place(ROOT / "results"), "epochs", range(3))
+    found = [compare.measure(epochs, contrast).accuracy for contrast in epochs.study.contrasts]
+    assert [one.verdict for one in found] == [stats.INCONCLUSIVE] * 2
+    assert "by {:+.2f} points (head tuning) and {:+.2f} (BitFit)".format(*(one.mean for one in found)) in limits
     spread = []
     for folder, study in (("results/fp32", "techniques-loss"), ("results", "techniques")):
         runs_of = compare.collect(compare.read_place(ROOT / folder), study, range(10)).outcomes
