@@ -1753,7 +1753,7 @@ def test_cached_features_of_a_frozen_encoder_train_the_same_head(make_settings, 
 
     def prepare_without_cache(self, *arguments):
         prepare(self, *arguments)
-        self.use_cache = False
+        self.use_cache, self.distributed = False, self.model
 
     monkeypatch.setattr(train.Forward, "__init__", prepare_without_cache)
     train.run(encoded)
@@ -1839,6 +1839,13 @@ def test_without_a_terminal_progress_is_plain_lines(make_settings, capsys, monke
         bar.fp.write("\r   \n")
     printed = capsys.readouterr()
     assert printed.err == "50% done\n" and not printed.out  # standard output belongs to predictions
+
+
+def test_in_a_terminal_an_epoch_has_a_line_of_its_own(make_settings, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", sys.stdout)
+    train.run(make_settings("lora"))
+    assert re.findall(r"(.)epoch \d ", capsys.readouterr().out, re.S) == ["\r", "\r"]
 
 
 # -- checkpoint.py and using a run ------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from minipeft import checkpoint, data, download, fast, parallel, plots  # parallel: in one process it changes nothing
 from minipeft.files import UserError, write_json
@@ -39,7 +40,7 @@ TRAIN_SAMPLE = 1000  # training sentences that training loss and accuracy are me
 class Progress:
     """What a run has done so far; saved with the state, so that an interrupted run resumes exactly."""
     step: int = 0                                     # optimiser steps taken
-    seconds: float = 0.0                              # spent on them
+    seconds: float = 0.0                              # spent on them, and on encoding once (see Forward)
     step_seconds: list = field(default_factory=list)  # of the last 1,000 steps
     history: list = field(default_factory=list)       # one row for each measured epoch
     peak_memory_mb: float | None = None               # of all processes that the run has had
@@ -59,13 +60,10 @@ class Forward:
         self.model, self.corpus, self.compute = model, corpus, compute
         self.labels = torch.from_numpy(corpus.labels).to(compute.device)
         self.use_cache = not any(parameter.requires_grad for parameter in model.encoder.parameters())
-        self.whole, self.head = model, model.head
+        self.distributed = parallel.distribute(model.head if self.use_cache else model, model.head.dropout)
         if self.use_cache:
-            self.head = parallel.distribute(model.head, model.head.dropout)
             self.features = torch.zeros(len(corpus), model.head.dense.in_features, device=compute.device)
             self.cached = np.zeros(len(corpus), bool)
-        else:
-            self.whole = parallel.distribute(model, model.head.dropout)
 
     def cache(self, indices):
         """Compute the features of these sentences, unless they are known or the encoder is trained."""
@@ -80,9 +78,9 @@ class Forward:
         """Logits for a training step, with dropout and gradients: (len(indices), classes)."""
         self.model.train()
         if self.use_cache:
-            return self.head(self.features[indices])
+            return self.distributed(self.features[indices])
         with self.compute.autocast():
-            return self.whole(*self.compute.pad(self.corpus.sentences(indices)))
+            return self.distributed(*self.compute.pad(self.corpus.sentences(indices)))
 
     def predict(self, function, indices, label):
         """`function` of these sentences, without gradients: float32 array (len(indices), width)."""
@@ -115,7 +113,7 @@ def learning_rate(step, steps, settings):
 
 
 class Monitor:
-    """Read loss, gradient norm and accuracy every ten steps, check them and show progress."""
+    """Keep loss, gradient norm and accuracy of the steps; `read` checks them and shows progress."""
 
     def __init__(self, progress, steps, settings):
         self.progress, self.settings = progress, settings
@@ -124,21 +122,18 @@ class Monitor:
                                 bar_format="{desc}{percentage:3.0f}% |{bar:20}| {rate_fmt}, {remaining} left")
 
     def add(self, loss, norm, correct, seconds):
-        self.unread.append(torch.stack([loss.detach(), norm.to(loss.dtype), correct.float().mean()]))
+        self.unread.append(torch.stack([loss.detach(), norm.to(loss.dtype), correct.mean()]))
         self.progress.seconds += seconds
         self.progress.step_seconds = [*self.progress.step_seconds[-999:], seconds]
-        if len(self.unread) == READ_EVERY:
-            self.read()
 
     def read(self):
         """Raise FloatingPointError if the loss or the norm of a gradient is not finite."""
-        if not self.unread:
-            return
         began = time.perf_counter()
         numbers = (parallel.sum_up(torch.stack(self.unread)) / parallel.world()).tolist()
         self.progress.seconds += time.perf_counter() - began  # on a GPU, the wait for the steps
         for step, (loss, norm, _) in enumerate(numbers, self.progress.step - len(numbers) + 1):
             if not math.isfinite(loss) or not math.isfinite(norm):
+                self.bar.close()
                 raise FloatingPointError(
                     f"step {step}: the loss is {loss:g} and the norm of its gradient {norm:g}, so training stopped. "
                     f"Try a lower --lr (it was {self.settings.lr:g}), a longer --warmup or --precision fp32, with "
@@ -188,17 +183,16 @@ def train(forward, optimizer, train_set, dev_set, progress, settings, save):
 
             progress.step = step
             monitor.add(loss, norm, weight * (logits.argmax(1) == labels), time.perf_counter() - started)
-            if step % settings.save_every == 0:
-                monitor.read()  # a state is saved only if its loss is finite
+            due = step == steps or step % (settings.eval_every * len(batches)) == 0  # the end of an epoch
+            save_now = due or step % settings.save_every == 0
+            if save_now or step % READ_EVERY == 0:
+                monitor.read()  # before a save: a state is saved only if its loss is finite
+            if due:
+                progress.history.append(measure(forward, sample, dev_set, epoch, progress.seconds))
+            if save_now:
                 save()
-        due = epoch % settings.eval_every == 0 or epoch == settings.epochs
-        just_ended = progress.step == epoch * len(batches)  # else it ended before an interruption
-        if due and just_ended and epoch not in [row["epoch"] for row in progress.history]:
-            monitor.read()
-            progress.history.append(measure(forward, sample, dev_set, epoch, progress.seconds))
-            save()
     monitor.bar.close()
-    if settings.epochs == 0 and not progress.history:
+    if settings.epochs == 0:
         progress.history.append(measure(forward, sample, dev_set, 0, 0.0))
 
 
@@ -207,8 +201,10 @@ def measure(forward, sample, dev_set, epoch, seconds):
     row = {"epoch": epoch, "seconds": seconds}
     row["train_loss"], row["train_accuracy"], _ = forward.evaluate(sample, "train sample")
     row["dev_loss"], row["dev_accuracy"], _ = forward.evaluate(dev_set, "dev")
-    print(f"epoch {epoch}   train loss {row['train_loss']:.3f} accuracy {row['train_accuracy']:.1%}   "
-          f"dev loss {row['dev_loss']:.3f} accuracy {row['dev_accuracy']:.1%}   trained {seconds:.0f} s", flush=True)
+    with tqdm.external_write_mode():  # in a terminal, it clears the bar first
+        print(f"epoch {epoch}   train loss {row['train_loss']:.3f} accuracy {row['train_accuracy']:.1%}   "
+              f"dev loss {row['dev_loss']:.3f} accuracy {row['dev_accuracy']:.1%}   trained {seconds:.0f} s",
+              flush=True)
     return row
 
 
@@ -254,9 +250,9 @@ def evaluate_run(forward, dev_set, test_set, progress):
     corpus, metrics, parts, started = forward.corpus, dict(progress.history[-1]), {}, time.perf_counter()
     for name, indices in (("dev", dev_set), ("test", test_set)):
         metrics[f"{name}_loss"], metrics[f"{name}_accuracy"], logits = forward.evaluate(indices, name)
-        logits = logits - logits[:, :1]  # softmax depends on differences only, and zeros make smaller files
+        logits = (logits - logits[:, :1]).astype(float).round(4)  # softmax depends on differences only
         parts[name] = {"lines": corpus.line[indices].tolist(), "labels": corpus.labels[indices].tolist(),
-                       "logits": [[round(value, 4) for value in row] for row in logits.tolist()]}
+                       "logits": logits.tolist()}
     metrics["sentences_per_second"] = (len(dev_set) + len(test_set)) / (time.perf_counter() - started)
     progress.note_memory(forward.compute.device)
     metrics |= {"train_seconds": progress.seconds, "peak_memory_mb": progress.peak_memory_mb}
@@ -358,8 +354,8 @@ def main(settings):
             print("train.py: out of memory; lower --batch-size or --max-length", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print(f"\nstopped; the same command with --resume continues from the last state in {settings.out}",
-                  file=sys.stderr)
+            print("\nstopped; the same command with --resume (and without --overwrite) continues from the last state "
+                  f"in {settings.out}", file=sys.stderr)
             return 130
 
 

@@ -217,7 +217,7 @@ def trained(model):
 
 
 def adapter_state(model):
-    """Return a copy of what was trained, {name: tensor}: adapters, norms, and the modules that `train` named."""
+    """Return a copy of what was trained, {name: tensor}: adapters, norms, and all else that requires a gradient."""
     return {name: parameter.detach().clone() for name, parameter in trained(model).items()}
 
 

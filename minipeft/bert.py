@@ -175,10 +175,8 @@ def read_config(folder):
     """Read config.json into a BertConfig. UserError lists every setting that this encoder does not implement."""
     path = Path(folder) / "config.json"
     given = read_json(path)
-    wrong = []
-    for key, only in IMPLEMENTED.items():
-        if given.get(key, only) not in (only, None):
-            wrong.append(f"{key} = {given[key]!r}, but only {only!r} is implemented")
+    wrong = [f"{key} = {given[key]!r}, but only {only!r} is implemented"
+             for key, only in IMPLEMENTED.items() if given.get(key, only) not in (only, None)]
     numbers = {}
     for field in fields(BertConfig):
         value = given.get(field.name, field.default)

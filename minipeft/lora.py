@@ -139,7 +139,7 @@ def add_lora(model, targets=("query", "key", "value", "attention.output", "inter
              rank=8, alpha=16, dropout=0.0, rslora=False, train=()):
     """Freeze `model`, except the modules that `train` names, and wrap every linear layer in `targets` in a LoRALinear.
 
-    The default is every linear layer of the encoder in bert.py; the paper's choice is ("query", "value"). Names match
+    The default is every linear layer of the blocks in bert.py; the paper's choice is ("query", "value"). Names match
     by dotted suffix. Return the names of the wrapped layers; a layer with several names gets one wrapper. Raise
     ValueError, and change nothing, if a name does not match, no layer is named, or the model has LoRA already.
     """
@@ -186,7 +186,7 @@ def trained(model):
 
 
 def lora_state(model):
-    """Return a copy of what was trained, {name: tensor}: every A and B, and the modules that `train` named."""
+    """Return a copy of what was trained, {name: tensor}: every A and B, and all else that requires a gradient."""
     return {name: parameter.detach().clone() for name, parameter in trained(model).items()}
 
 
