@@ -1415,8 +1415,7 @@ def test_the_tables_of_the_benchmarks_are_those_of_their_result_files(speed):
     assert parity.tables(json.loads((ROOT / "results" / "parity.json").read_text())) in text
     for file in (ROOT / "results").glob("speed-*.json"):
         content = json.loads(file.read_text())
-        if "summary" not in content:  # the older file has another form
-            assert f"`results/{file.name}`: " + "\n".join(speed["tables"](content)) in text
+        assert f"`results/{file.name}`: " + "\n".join(speed["tables"](content)) in text
 
 
 # -- train.py ---------------------------------------------------------------------------------------------
@@ -3010,7 +3009,8 @@ def test_a_report_trains_nothing_and_repeats_to_the_byte(fake_place, monkeypatch
         assert compare.main(compare.parse(["--report", "--out", str(out)])) == 0
         contents.append({path.name: path.read_bytes() for path in out.iterdir() if path.is_file()})
     assert contents[0] == contents[1]
-    assert contents[0].keys() == {"README.md", "rank.png", "rank-differences.png", "rates.png", "rates.json", "analysis.json", "limits.md"}
+    assert contents[0].keys() == {"README.md", "rank.png", "rank-differences.png", "rates.png", "rates.json",
+                                  "analysis.json", "limits.md"}
     text = contents[0]["README.md"].decode()
     assert "## rank\n" in text and "## light\n" not in text and "| head tuning | 0.00" in text
     assert "| a claim (a paper) | 3 | confirmed |" in text and "--study rank --folds 2 --precision fp32" in text
@@ -3031,7 +3031,8 @@ def test_a_figure_has_error_bars_only_if_all_are_relative_to_one_variant(name, f
     findings = [compare.measure(result, contrast) for contrast in result.study.contrasts]
     shown = compare.shown_by_bars(findings, result.study.variants)
     assert bool(shown) == (name in ("techniques", "techniques-loss", "rank", "bottleneck", "init"))
-    points = [point for series in compare.get_panels(result, shown).values() for row in series.values() for point in row]
+    panels = compare.get_panels(result, shown).values()
+    points = [point for series in panels for row in series.values() for point in row]
     assert sum(point.low is None for point in points) == (1 if shown else len(points))
     for found in shown.values():
         assert f"difference to {compare.label(found.contrast.b)};" in compare.explain_bars(shown)
@@ -3443,7 +3444,8 @@ def test_the_results_in_the_readme_are_those_of_the_records():
     halves = found["differences"]["lower half instead of upper half"]
     word = analysis.as_verdict(halves["verdict"])
     assert f"| {found['runs']} | {halves['mean']:+.1f} | {word} |".replace("-", "−") in shown
-    text, (rank,) = (ROOT / "results/analysis.json").read_text(), re.findall(r"(\d+ of \d+) singular values hold 90%", README)
+    text = (ROOT / "results/analysis.json").read_text()
+    [rank] = re.findall(r"(\d+ of \d+) singular values hold 90%", README)
     assert f"The largest {rank} (full)" in text
     unmerged, adapters = re.search(r"batch 1: .*?unmerged LoRA \+([\d.]+)%.*?; adapters \+([\d.]+)%", text).groups()
     assert f"{float(adapters):.0f}% to its time at batch 1" in README
