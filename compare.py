@@ -156,7 +156,7 @@ def verdict_on_claim(found):
     if expected in measured:
         verdict = f"confirmed{by}" + (" (within 1 point)" if expected == "equivalent" else "")
     elif measured == stats.INCONCLUSIVE:
-        verdict = f"{measured} ({accuracy.needed} folds would settle it)" if accuracy.needed else measured
+        verdict = accuracy.in_words
     elif expected == "equivalent" and leaves_open(expected, accuracy):
         verdict = f"{stats.INCONCLUSIVE} ({measured}, perhaps by less than 1 point)"
     else:
@@ -268,17 +268,17 @@ def get_panels(result, shown, measure="accuracy"):
 
 def find_best(result):
     """For a study without contrasts: where each series has its highest accuracy and its lowest raw loss, as lines."""
-    series = {}
-    for variant in result.study.variants:
-        if runs := result.outcomes[variant.name].values():
-            point = variant.x, mean_std(runs, "accuracy")[0], -mean_std(runs, "loss")[0]
-            series.setdefault(f"{variant.panel}, {variant.series}", []).append(point)
+    def best(measure, better):
+        found = {}
+        for panel, series in get_panels(result, {}, measure).items():
+            for name, points in series.items():
+                y = better(point.y for point in points)
+                found[f"{panel}, {name}"] = " and ".join(f"{point.x:g}" for point in points if point.y == y)
+        return found
 
-    def best(points, column):
-        highest = max(point[column] for point in points)
-        return " and ".join(f"{point[0]:g}" for point in points if point[column] == highest)
-    return [f"{name}: highest {result.study.part} accuracy at {best(points, 1)}, lowest raw loss at {best(points, 2)}"
-            for name, points in series.items()]
+    lowest = best("loss", min)
+    return [f"{name}: highest {result.study.part} accuracy at {x}, lowest raw loss at {lowest[name]}"
+            for name, x in best("accuracy", max).items()]
 
 
 def explain_bars(shown):
@@ -312,10 +312,12 @@ def draw(result, findings, place):
         references = {name: mean_std(main.outcomes[name].values(), "accuracy")[0] for name in ("head", "full")}
     if findings:
         shown = shown_by_bars(findings, study.variants)
-        plots.study(study.x_label, get_panels(result, shown), f"{study.part} accuracy (%)", path(),
-                    explain_bars(shown) or f"intervals of the differences: {result.name}-differences.png", references)
         rows = {f"{label(found.contrast.a)}\n− {label(found.contrast.b)}": found.accuracy for found in findings
                 if found.accuracy}
+        note = explain_bars(shown)
+        if rows and not shown:
+            note = f"intervals of the differences: {result.name}-differences.png"
+        plots.study(study.x_label, get_panels(result, shown), f"{study.part} accuracy (%)", path(), note, references)
         if rows:
             plots.differences(rows, study.part, path("-differences"))
     elif not study.contrasts:

@@ -227,9 +227,7 @@ def differences(rows, part, path):
         axis.plot((row.low90, row.high90), (index, index), color=INK, linewidth=5, solid_capstyle="butt", alpha=0.5,
                   label=labels[1])
         axis.plot(row.mean, index, "o", color=INK, markersize=8)
-        text = f"{row.mean:+.2f} [{row.low:+.2f}, {row.high:+.2f}]".replace("-", "−") + f"\n{row.verdict}"
-        if row.needed:
-            text += f" ({row.needed} folds would settle it)"
+        text = f"{row.mean:+.2f} [{row.low:+.2f}, {row.high:+.2f}]".replace("-", "−") + f"\n{row.in_words}"
         if row.runs == 1:
             text += ", one run"
         axis.annotate(text, (1.02, index), xycoords=axis.get_yaxis_transform(), va="center", size=10)

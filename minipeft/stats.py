@@ -55,6 +55,11 @@ class Comparison:
     runs: int
     needed: int | None = None
 
+    @property
+    def in_words(self):
+        """The verdict, and the number of folds that would settle it if it is open."""
+        return f"{self.verdict} ({self.needed} folds would settle it)" if self.needed else self.verdict
+
 
 def judge(mean, error, df, runs, comparisons=1, margin=1.0, lower_is_better=False):
     """Return the Comparison for a mean difference, its standard error and its degrees of freedom.
