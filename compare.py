@@ -2,7 +2,7 @@
 
     python compare.py                 head, adapters, LoRA and full fine-tuning on three folds: tables and figures
     python compare.py --quick         a smoke test on 640 sentences; too short to rank the techniques
-    python compare.py --study rank    test one claim of the papers (minipeft/studies.py lists them)
+    python compare.py --study rank    test one claim of the papers (minipeft/lab/studies.py lists them)
     python compare.py --rates         search the learning rates on dev
     python compare.py --report        train nothing
 
@@ -13,8 +13,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from minipeft import settings as options
-from minipeft.studies import LIMITS, PROTOCOL, SEARCHES, STUDIES, Contrast, label
+from minipeft.lab.studies import LIMITS, PROTOCOL, SEARCHES, STUDIES, Contrast, label
+from minipeft.tools import settings as options
 
 QUICK = {"limit": 640, "epochs": 1}
 
@@ -38,7 +38,7 @@ def parse(arguments):
                       f"folds 0 to 2 (with --test: seeds): {', '.join(SEARCHES)} (default: {' '.join(whole)})")
     mode.add_argument("--report", action="store_true", help="train nothing: README.md and figures from the records")
     parser.add_argument("--folds", "--seeds", metavar="N", type=options.number(int, 1, 10),
-                        help="test on N of the ten folds (default: 3; with --study, see minipeft/studies.py); with "
+                        help="test on N of the ten folds (default: 3; with --study, see minipeft/lab/studies.py); with "
                              "--test, which names the test set, repeat with N seeds (default: 1)")
     parser.add_argument("--jobs", metavar="N", type=options.count, default=1,
                         help="run N at a time, each on its share of the cores (default: 1, for reliable times)")
@@ -78,9 +78,10 @@ from functools import partial
 
 from numpy import nan
 
-from minipeft import checkpoint, plots, rates, stats
-from minipeft.files import UserError, read_json, write_text
-from minipeft.runs import PATHS, Place, collect, find_place, machine, make_run, train_missing, word
+from minipeft.lab import plots, rates, stats
+from minipeft.lab.runs import PATHS, Place, collect, find_place, machine, make_run, train_missing, word
+from minipeft.tools import checkpoint
+from minipeft.tools.files import UserError, read_json, write_text
 
 
 # -- comparing --------------------------------------------------------------------------------------------

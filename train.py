@@ -3,11 +3,11 @@
     python train.py lora                        default weights and data
     python train.py adapter --data my.csv       your own sentences
     python train.py lora --help                 all options
-    torchrun --nproc-per-node 2 train.py lora   data-parallel: see minipeft/parallel.py
+    torchrun --nproc-per-node 2 train.py lora   data-parallel: see minipeft/tools/distributed.py
 """
 import sys
 
-from minipeft import settings as options
+from minipeft.tools import settings as options
 
 if __name__ == "__main__":
     SETTINGS = options.parse(sys.argv[1:])  # before the slow imports: --help and typos do not wait for torch
@@ -23,11 +23,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minipeft import checkpoint, data, download, fast, parallel, plots  # parallel: in one process it changes nothing
-from minipeft.files import UserError, write_json
+from minipeft import data
+from minipeft.lab import plots
 from minipeft.lora import merge_lora
-from minipeft.machine import choose_compute, peak_memory, progress_bar
 from minipeft.model import build, count_parameters, describe, predict, trained
+from minipeft.tools import checkpoint, distributed as parallel, download, fast, texts  # parallel: in one process it changes nothing
+from minipeft.tools.fast import choose_compute, peak_memory
+from minipeft.tools.files import UserError, progress_bar, write_json
 
 DIVERGED = 3         # the exit code of a run whose loss does not stay finite; that of a user's mistake is 2
 READ_EVERY = 10      # steps between reads of the loss: on a GPU every read waits for it
@@ -216,7 +218,7 @@ def load_data(settings, weights):
     files = [settings.data or download.fetch_data()]
     if settings.test:
         files.insert(0, settings.test)
-    corpus = data.read_corpus(files, tokenizer, settings.text_column, settings.label_column)
+    corpus = texts.read_corpus(files, tokenizer, settings.text_column, settings.label_column)
     train_set, dev_set, test_set = data.split(corpus, settings.fold)
     if settings.limit:
         train_set = np.sort(np.random.default_rng(settings.seed).permutation(train_set)[:settings.limit])
@@ -268,7 +270,7 @@ def report(record, corpus, dev_set, folder):
     worst = [row for row in np.argsort(-confidence)[:3] if confidence[row]]
     if worst:
         print("\nthe most confident mistakes on dev:")
-    for row, text in zip(worst, corpus.texts(dev_set[worst])):
+    for row, text in zip(worst, texts.read_texts(corpus, dev_set[worst])):
         print(f"  {classes[logits[row].argmax()]} ({confidence[row]:.1%}), but labelled "
               f"{classes[corpus.labels[dev_set[row]]]}: {text[:200]}")
     memory = f"{metrics['peak_memory_mb']:,.0f} MB" if metrics["peak_memory_mb"] else "unknown"

@@ -101,7 +101,7 @@ def sentences(weights, count):
     """Batches of real sentences: a list of (input_ids, attention_mask, labels), 0 and 1 in turn."""
     from transformers import PreTrainedTokenizerFast
 
-    from minipeft import download
+    from minipeft.tools import download
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(weights / "tokenizer.json"), pad_token="[PAD]")
     lines = download.fetch_data().read_text(encoding="utf-8").splitlines()[1::25][:count * BATCH]
     rows = [line.split("\t") for line in lines]  # the file is sorted by label
@@ -185,7 +185,7 @@ def compare_transformers(weights):
 
 
 def lora_settings(weights, *words):
-    from minipeft.settings import parse
+    from minipeft.tools.settings import parse
     return parse(["lora", "--weights", str(weights), "--head-dropout", "0", *words])
 
 
@@ -198,7 +198,8 @@ def open_in_peft(weights, folder, trainable=False):
 
 
 def compare_peft(weights, temporary):
-    from minipeft import interop, merge_lora
+    from minipeft import merge_lora
+    from minipeft.tools import export as interop
     from minipeft.model import build
     settings = lora_settings(weights, "--pooling", "cls")
     ours, batches, about = build(settings, 2, weights), sentences(weights, 10), {"classes": '["a", "b"]'}
@@ -243,7 +244,8 @@ def compare_files(weights, temporary):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
-    from minipeft import data, export, import_run, interop, open_run, pool
+    from minipeft import data, export, import_run, open_run, pool
+    from minipeft.tools import export as interop
     from minipeft.head import Head
     from minipeft.model import build
     (ids, mask, _), = sentences(weights, 1)
@@ -297,7 +299,8 @@ def compare_adapters(weights, temporary):
     import adapters
     from transformers import BertModel
 
-    from minipeft import Classifier, add_adapters, interop, load_bert
+    from minipeft import Classifier, add_adapters, load_bert
+    from minipeft.tools import export as interop
     from minipeft.adapter import AdapterLinear, TrainedNorm
     batches, width = sentences(weights, 10), 32
     ids, mask, labels = batches[0]
@@ -534,7 +537,7 @@ def main():
     from transformers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    from minipeft import download
+    from minipeft.tools import download
     torch.set_num_threads(1)
     weights = download.fetch_weights()
     parts = {"adapters": compare_adapters} if options.adapters else {

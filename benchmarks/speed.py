@@ -82,7 +82,8 @@ def lora_flops(lengths, config, rank):
 def read(settings):
     """Return (corpus, train, dev). It does not import train.py, which the peers do not need."""
     from minipeft import data
-    corpus = data.read_corpus([settings["data"]], data.load_tokenizer(settings["weights"], settings["max_length"]))
+    from minipeft.tools import texts
+    corpus = texts.read_corpus([settings["data"]], data.load_tokenizer(settings["weights"], settings["max_length"]))
     train_set, dev_set, _ = data.split(corpus, settings["fold"])
     return corpus, train_set[:settings["limit"]], dev_set
 
@@ -100,10 +101,11 @@ def prepare(folder, steps, trial_steps, long, long_steps, held_out):
     from importlib.metadata import version
     import numpy as np
     import torch
-    from minipeft import bert, data, download, settings as options
-    from minipeft.machine import processor
+    from minipeft import bert, data
+    from minipeft.tools import download, settings as options, texts
+    from minipeft.tools.fast import processor
     weights = download.find_weights(None)
-    corpus = data.read_corpus([download.fetch_data()], data.load_tokenizer(weights, 128))
+    corpus = texts.read_corpus([download.fetch_data()], data.load_tokenizer(weights, 128))
     training, dev, test = data.split(corpus)
     rows = np.random.default_rng(0).permutation(training)[:32 * steps]
 
@@ -135,7 +137,7 @@ def prepare(folder, steps, trial_steps, long, long_steps, held_out):
 def peak():
     """GFLOP/s of the matrix product of a feed-forward layer in each precision, and the one that minipeft chooses."""
     import torch
-    from minipeft import fast
+    from minipeft.tools import fast
     rates = {name: fast.product_rate(896, 384, 1536, dtype, seconds=1)
              for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
     return rates | {"chosen": fast.fastest_precision("cpu", 384, 1536)[0]}
@@ -158,13 +160,14 @@ def loop(settings, grouped=False, precision="fp32", twins=(), multiple=1):
     import numpy as np
     import torch
     import train
-    from minipeft import data, fast, machine, model as models
+    from minipeft import data, model as models
+    from minipeft.tools import fast
     corpus, train_set, _ = read(settings)
     settings = argparse.Namespace(**settings)
     model = models.build(settings, len(corpus.classes), settings.weights)
     fast.speed_up(model, "cpu", precision, [getattr(fast, name) for name in twins])
     optimizer = train.make_optimizer(model, settings)
-    forward = train.Forward(model, corpus, machine.Compute("cpu", precision, multiple))
+    forward = train.Forward(model, corpus, models.Compute("cpu", precision, multiple))
     rng = np.random.default_rng(0)
     if grouped:
         batches = data.batches_of_like_length(corpus.lengths[train_set], settings.batch_size, rng)
@@ -177,7 +180,7 @@ def loop(settings, grouped=False, precision="fp32", twins=(), multiple=1):
         torch.nn.utils.clip_grad_norm_(models.trained(model).values(), settings.clip)
         optimizer.step()
         optimizer.zero_grad()
-    return {"seconds": time.perf_counter() - began, "peak_memory_mb": machine.peak_memory("cpu")}
+    return {"seconds": time.perf_counter() - began, "peak_memory_mb": fast.peak_memory("cpu")}
 
 
 def peer_model(settings, attention):
@@ -239,7 +242,7 @@ def peer(settings, side):
         train_sampling_strategy="group_by_length" if side["grouped"] else "random", report_to=[], disable_tqdm=True)
     transformers.Trainer(model, arguments, collate, examples(train_set), callbacks=[Clock()]).train()
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    from minipeft.machine import peak_memory  # after the timed part
+    from minipeft.tools.fast import peak_memory  # after the timed part
     figures = {"side": side, "seconds": times["ended"] - times["began"], "first_step_seconds": first[0],
                "peak_memory_mb": peak_memory("cpu"), "trained": trained}
     if settings["technique"] == "lora":
@@ -286,7 +289,7 @@ class Results:
     """A results file {"options", "about", "runs": {key: figures}}, saved after each measurement."""
 
     def __init__(self, path, options, about):
-        from minipeft.files import read_json
+        from minipeft.tools.files import read_json
         self.path, self.content = path, {"options": options, "about": about, "runs": {}}
         if path.is_file():
             before, now = read_json(path, self.content), options | about
@@ -298,7 +301,7 @@ class Results:
 
     def measure(self, key, task, **arguments):
         """The figures of a task, measured now unless the file has them."""
-        from minipeft.files import write_json
+        from minipeft.tools.files import write_json
         if key not in self.runs:
             self.runs[key] = at_once(**arguments) if task == "at_once" else result(start(task, **arguments))
             write_json(self.path, self.content)

@@ -16,9 +16,9 @@ What can be imported from here, and the file that holds it, in reading order:
     lora      LoRALinear, add_lora, merge_lora, remove_lora, lora_state, load_lora
     data      load_tokenizer, tokenize, pad
     model     predict
-    checkpoint  open_run
-    interop   export, import_run
-    files     UserError
+    tools.checkpoint  open_run
+    tools.export      export, import_run
+    tools.files       UserError
 
 The functions of head.py, adapter.py and lora.py change any nn.Module in place; each of the three files works alone.
 On the command line:
@@ -34,9 +34,9 @@ _HOLDS = {  # the docstring above has the same table
     "lora": ("LoRALinear", "add_lora", "merge_lora", "remove_lora", "lora_state", "load_lora"),
     "data": ("load_tokenizer", "tokenize", "pad"),
     "model": ("predict",),
-    "checkpoint": ("open_run",),
-    "interop": ("export", "import_run"),
-    "files": ("UserError",),
+    "tools.checkpoint": ("open_run",),
+    "tools.export": ("export", "import_run"),
+    "tools.files": ("UserError",),
 }
 
 

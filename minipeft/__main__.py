@@ -4,8 +4,8 @@ import os
 import sys
 from itertools import islice
 
-from .files import UserError
-from .settings import Parser, number
+from .tools.files import UserError
+from .tools.settings import Parser, number
 
 
 def add_predict(commands):
@@ -28,8 +28,9 @@ def add_weights(parser):
 def predict(options):
     import torch  # late: --help does not wait for it
 
-    from . import checkpoint, data, model as models
+    from . import data, model as models
     from .lora import merge_lora
+    from .tools import checkpoint, texts
     if options.csv and options.text:
         raise UserError("give sentences or --csv, not both")
     model, record, weights = checkpoint.open_run(options.run, options.weights)
@@ -45,7 +46,7 @@ def predict(options):
 
     at_once = 1 if sys.stdin.isatty() and not options.csv else 1024  # in a terminal, line by line
     if options.csv:
-        rows = data.read_rows(options.csv, {"strict": True})
+        rows = texts.read_rows(options.csv, {"strict": True})
         _, header = next(rows, (1, None))
         if not header:
             raise UserError(f"{options.csv} is empty: the first line must name the columns")
@@ -85,7 +86,7 @@ def add_export(commands):
 
 
 def export(options):
-    from .interop import export
+    from .tools.export import export
     print(f"wrote {', '.join(export(options.run, options.folder, options.to, options.weights))} to {options.folder}")
 
 
@@ -103,7 +104,7 @@ def add_import(commands):
 
 
 def import_(options):
-    from .interop import import_run
+    from .tools.export import import_run
     record = import_run(options.folder, options.run, options.weights, options.classes)
     print(f"wrote {options.run}; classes: {', '.join(record['classes'])}")
 
@@ -122,7 +123,7 @@ def add_explain(commands):
 
 
 def explain(options):
-    from .explain import explain as walk
+    from .lab.explain import explain as walk
     walk(options.technique, options.weights, options.seed)
 
 

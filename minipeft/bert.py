@@ -12,8 +12,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import nn
 
-from .files import UserError, read_json, write_text
-from .tensors import check_tensors, read_safetensors, write_safetensors
+from .tools.files import UserError, check_tensors, read_json, read_safetensors, write_safetensors, write_text
 
 
 @dataclass

@@ -1,19 +1,20 @@
 """Build a classifier from settings (encoder + technique + head), describe what it trains, predict."""
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from . import data
 from .adapter import add_adapters
 from .bert import load_bert
-from .files import UserError
 from .head import Classifier, freeze, train_biases
 from .lora import add_lora
-from .machine import Compute, progress_bar
+from .tools.files import UserError, progress_bar
 
 
 def apply_lora(encoder, settings):
     if settings.init_from:
-        from .interop import start_lora  # start from a LoRA that peft saved; interop imports this file
+        from .tools.export import start_lora  # start from a LoRA that peft saved; interop imports this file
         return start_lora(encoder, settings)
     return add_lora(encoder, settings.targets, settings.rank, settings.alpha, settings.lora_dropout, settings.rslora)
 
@@ -82,6 +83,24 @@ def describe(model):
         total = f"{size:,}" if number == 1 else f"{number} x {size:,} = {number * size:,}"
         lines.append(f"{kind:<{width}}{' x '.join(map(str, shape)):<14}{total}")
     return lines
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how a model computes.
+
+    In bf16, linear layers and the sums inside LoRALinear and Adapter are bf16: an update smaller than bf16's rounding
+    is lost there. Norms, softmax, residual sums and the loss are fp32.
+    """
+    device: str = "cpu"
+    precision: str = "fp32"
+    multiple: int = 1  # batches are padded to a length that is a multiple of this
+
+    def autocast(self):
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def pad(self, sentences):
+        return data.pad(sentences, self.device, self.multiple)
 
 
 def predict(forward, sentences, compute=Compute(), label="predicting"):

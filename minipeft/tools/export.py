@@ -18,15 +18,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..adapter import AdapterLinear
+from ..bert import hugging_face_name, load_bert, save_bert
+from ..lora import LoRALinear, add_lora, load_lora, merge_lora, swap
+from ..model import build, count_parameters, trained
 from . import checkpoint
-from .adapter import AdapterLinear
-from .bert import hugging_face_name, load_bert, save_bert
 from .download import WEIGHTS_HUB, find_weights, hash_weights
-from .files import UserError, read_json, write_json, write_text
-from .lora import LoRALinear, add_lora, load_lora, merge_lora, swap
-from .model import build, count_parameters, trained
+from .files import UserError, check_tensors, read_json, read_safetensors, write_json, write_safetensors, write_text
 from .settings import defaults
-from .tensors import check_tensors, read_safetensors, write_safetensors
 
 CONFIG, PEFT, ADAPTERS = "adapter_config.json", "adapter_model.safetensors", "adapter.safetensors"  # their file names
 HEAD = "head.safetensors"  # ours: a head that has no counterpart in the other library

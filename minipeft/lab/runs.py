@@ -15,11 +15,12 @@ import torch
 
 import train
 
-from . import checkpoint, data, download, stats
-from .bert import read_config
-from .files import UserError, write_json
-from .machine import choose_compute, processor
-from .settings import defaults
+from ..bert import read_config
+from ..tools import checkpoint, download, texts
+from ..tools.fast import choose_compute, processor
+from ..tools.files import UserError, write_json
+from ..tools.settings import defaults
+from . import stats
 from .studies import SEARCHES, STUDIES, Study
 
 PATHS = ("weights", "data", "test")  # compared by the hash of their content
@@ -56,7 +57,7 @@ def find_place(out, common):
     weights = download.find_weights(common["weights"])
     files = [common["test"]] if common["test"] else []
     files.append(common["data"] or download.fetch_data())
-    return Place(out, common, download.hash_weights(weights), [data.fingerprint(path) for path in files])
+    return Place(out, common, download.hash_weights(weights), [texts.fingerprint(path) for path in files])
 
 
 def word(value):

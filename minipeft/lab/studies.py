@@ -1,7 +1,7 @@
 """The papers' claims as data: the learning rates, the runs that test a claim, and the contrasts between them."""
 from dataclasses import dataclass, field, replace
 
-from .settings import LINEAR_LAYERS, TECHNIQUES
+from ..tools.settings import LINEAR_LAYERS, TECHNIQUES
 
 
 # -- learning rates ---------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from .files import atomic
-from .settings import TECHNIQUES
+from ..tools.files import atomic
+from ..tools.settings import TECHNIQUES
 
 # The colours of Okabe and Ito and of Tol, which colour-blind readers can tell apart.
 LOOKS = [("#009e73", "s"), ("#0072b2", "o"), ("#d55e00", "D"), ("#e69f00", "v"), ("#000000", "^"), ("#cc79a7", "P"),

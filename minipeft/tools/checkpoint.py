@@ -23,14 +23,13 @@ import safetensors
 import tokenizers
 import torch
 
-from . import parallel
-from .data import fingerprint
+from ..model import build, trained
+from . import distributed
 from .download import find_weights, hash_weights
-from .files import UserError, atomic, read_json
-from .machine import processor
-from .model import build, trained
+from .fast import processor
+from .files import UserError, atomic, check_tensors, read_json, read_safetensors, write_safetensors
 from .settings import TECHNIQUES, defaults
-from .tensors import check_tensors, read_safetensors, write_safetensors
+from .texts import fingerprint
 
 RECORD, STATE = "run.json", "state.safetensors"
 FILES = (RECORD, STATE, "model.safetensors", "predictions.csv", "curves.png")
@@ -59,7 +58,7 @@ def start_record(command, settings, compute, weights, corpus, sentences, paramet
     return {
         "command": command, "settings": recorded(settings),
         "machine": {"processor": processor(compute.device), "device": compute.device, "precision": compute.precision,
-                    "threads": torch.get_num_threads(), **parallel.facts()},
+                    "threads": torch.get_num_threads(), **distributed.facts()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "tokenizers": tokenizers.__version__, "safetensors": safetensors.__version__},
         "weights_sha256": hash_weights(weights), "data_sha256": [fingerprint(path) for path in corpus.files],

@@ -1,4 +1,4 @@
-"""Draw how the techniques work, from the shapes of a real model: python -m minipeft.figures
+"""Draw how the techniques work, from the shapes of a real model: python -m minipeft.lab.figures
 
 Writes four PNG files to results/: the mechanism of all techniques in one block, LoRA's matrices, the adapter's
 bottleneck, and the share of the parameters that each technique trains. The model is built on the meta device: shapes
@@ -15,13 +15,14 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Polygon, Rectangle
 
-from . import download, plots
-from .adapter import Adapter
-from .bert import Bert, read_config
-from .files import UserError, atomic
-from .head import Classifier, freeze
-from .model import APPLY, count_parameters
-from .settings import Parser, defaults
+from ..adapter import Adapter
+from ..bert import Bert, read_config
+from ..head import Classifier, freeze
+from ..model import APPLY, count_parameters
+from ..tools import download
+from ..tools.files import UserError, atomic
+from ..tools.settings import Parser, defaults
+from . import plots
 
 WIDTH = 830
 INK, EDGE, FROZEN, PLAIN = "#24292f", "#6e7781", "#d8dce1", "#ffffff"
@@ -298,7 +299,7 @@ FIGURES = {"mechanism.png": mechanism, "lora.png": lora_matrices, "adapter.png":
 
 def main(arguments=None):
     """Write all figures. Returns the exit code."""
-    parser = Parser(prog="python -m minipeft.figures", description="Draw the techniques with a model's shapes.")
+    parser = Parser(prog="python -m minipeft.lab.figures", description="Draw the techniques with a model's shapes.")
     parser.add_argument("--weights", metavar="FOLDER", help="the model, by its weights (default: all-MiniLM-L6-v2)")
     parser.add_argument("--out", metavar="FOLDER", default="results", help="where to write (default: results)")
     options = parser.parse_args(arguments)

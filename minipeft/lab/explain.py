@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import data, download
-from .adapter import Adapter, TrainedNorm
+from .. import data
+from ..adapter import Adapter, TrainedNorm
+from ..lora import LoRALinear, merge_lora
+from ..model import count_parameters, trained
+from ..tools import download
+from ..tools.settings import TECHNIQUES
 from .analysis import rank_of_energy
-from .lora import LoRALinear, merge_lora
 from .memory import SENTENCES, TOKENS, make_model, memory
-from .model import count_parameters, trained
-from .settings import TECHNIQUES
 
 EXAMPLES = [  # a positive and a negative sentence in turn
     "A warm, funny film that I would gladly see again.", "The story drags and nobody in it is interesting.",
@@ -365,7 +366,7 @@ def full(lesson):
     show(f"|W - W0| / |W0| of the first query matrix: {distance(new, old):.2%}",
          f"singular values of W - W0 that hold 90% of its squared norm: {rank_of_energy(values ** 2)} of {len(values)}")
     say("""The prediction changes while the weights hardly move. A small update need not have a low rank, which LoRA
-        assumes: the singular values measure that. Ten steps are an illustration; python -m minipeft.analysis does
+        assumes: the singular values measure that. Ten steps are an illustration; python -m minipeft.lab.analysis does
         the same for finished runs.""")
 
     memory_step(3, lesson, "full")

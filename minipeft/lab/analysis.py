@@ -1,7 +1,7 @@
 """Analyse finished runs and models without training: layers, spectra, forgetting, memory, inference.
 
-    python -m minipeft.analysis --out results --runs results/folders      all but inference
-    python -m minipeft.analysis --out results --latency                   inference, on a quiet machine
+    python -m minipeft.lab.analysis --out results --runs results/folders      all but inference
+    python -m minipeft.lab.analysis --out results --latency                   inference, on a quiet machine
 
 Each function returns plain numbers. `main` writes them to analysis.json, with one row a claim, and draws figures.
 """
@@ -15,22 +15,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import checkpoint, data, download, plots, settings as options, stats
-from .adapter import AdapterLinear
-from .bert import load_bert
-from .files import UserError, read_json, write_json
-from .head import pool
-from .lora import merge_lora
-from .machine import Compute, processor, progress_bar
+from ..adapter import AdapterLinear
+from ..bert import load_bert
+from ..head import pool
+from ..lora import merge_lora
+from ..model import Compute, predict
+from ..tools import checkpoint, download, settings as options, texts
+from ..tools.fast import processor
+from ..tools.files import UserError, progress_bar, read_json, write_json
+from . import plots, stats
 from .memory import SENTENCES, TOKENS, make_model, memory
-from .model import predict
 
 
 def read_data(record, weights):
     """Read the data of a run again: (corpus, dev indices, test indices). UserError if the files have changed."""
     from train import load_data
     corpus, _, _, dev, test = load_data(checkpoint.settings_of(record), weights)
-    if [data.fingerprint(path) for path in corpus.files] != record["data_sha256"]:
+    if [texts.fingerprint(path) for path in corpus.files] != record["data_sha256"]:
         raise UserError(f"{corpus.files[-1]}: the data have changed since the run; restore them or train again")
     return corpus, dev, test
 
@@ -361,7 +362,7 @@ def analyse(out, runs=None, weights=None):
 
 def main(arguments=None):
     """Write OUT/analysis.json: a section a claim, and "claims", the rows of the table. Returns the exit code."""
-    parser = options.Parser(prog="python -m minipeft.analysis", description=(
+    parser = options.Parser(prog="python -m minipeft.lab.analysis", description=(
         "Measure layers, spectra, forgetting, memory and inference. Trains nothing."))
     parser.add_argument("--out", default="results", help="folder for analysis.json and figures (default: results)")
     parser.add_argument("--runs", metavar="FOLDER", help="a folder of finished runs (default: measure memory only)")
@@ -369,7 +370,7 @@ def main(arguments=None):
     parser.add_argument("--latency", action="store_true", help="measure inference only; needs a quiet machine")
     given = parser.parse_args(arguments)
     try:
-        path, command = Path(given.out) / "analysis.json", ["python", "-m", "minipeft.analysis", "--out", given.out]
+        path, command = Path(given.out) / "analysis.json", ["python", "-m", "minipeft.lab.analysis", "--out", given.out]
         for option in ("runs", "weights"):
             if getattr(given, option) and not given.latency:
                 command += [f"--{option}", getattr(given, option)]
@@ -388,7 +389,7 @@ def main(arguments=None):
             print(f"\n{row['claim']} ({row['source']})\n  {row['measured']}\n  {row['verdict']}")
         return 0
     except UserError as error:
-        print(f"minipeft.analysis: {error}", file=sys.stderr)
+        print(f"minipeft.lab.analysis: {error}", file=sys.stderr)
         return 2
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .files import UserError, atomic, sha256
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 WEIGHTS = ROOT / "weights" / "all-MiniLM-L6-v2"
 DATA = ROOT / "data" / "movie-reviews.tsv"
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from .bert import Bert
+from ..bert import Bert
 from .files import UserError
 
 

@@ -5,9 +5,9 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import settings as options
-from .lora import LoRALinear
-from .model import build, count_parameters, trained
+from ..lora import LoRALinear
+from ..model import build, count_parameters, trained
+from ..tools import settings as options
 
 SENTENCES, TOKENS = 32, 26  # train.py's default batch size, the data's median length
 

@@ -6,15 +6,20 @@ changes a module's class and nothing else: names and state_dict stay the same. A
 results/speed-<processor>.json.
 """
 import math
+import platform
+import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .bert import Attention
-from .lora import LoRALinear
+from ..bert import Attention
+from ..lora import LoRALinear
+from ..model import Compute
+from .files import UserError
 
 
 # -- LoRA -------------------------------------------------------------------------------------------------
@@ -164,3 +169,41 @@ def fastest_precision(device, hidden, intermediate):
     if bf16 > fp32:
         return "bf16", f"{bf16:.0f} GFLOP/s; fp32 {fp32:.0f}"
     return "fp32", f"{fp32:.0f} GFLOP/s; bf16 {bf16:.0f}"
+
+
+def choose_compute(settings, config):
+    """Resolve --device and --precision "auto": (Compute, a line that says what was chosen and why)."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in available if available[name]) if settings.device == "auto" else settings.device
+    if not available[device]:
+        there = " and ".join(name for name in available if available[name])
+        raise UserError(f"--device {device}: not available here; available: {there}")
+    precision, reason = settings.precision, "set by --precision"
+    if precision == "auto":
+        precision, reason = fastest_precision(device, config.hidden_size, config.intermediate_size)
+    return Compute(device, precision, pad_multiple(precision, device)), f"{device}, {precision} ({reason})"
+
+
+def processor(device):
+    """The name of the processor that trains, with the vector instructions torch uses on a CPU."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def peak_memory(device):
+    """The most memory that this process has held, in MB (GPU memory if it trains on CUDA); None if unknown."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    status = Path("/proc/self/status")
+    if status.is_file() and "VmHWM:" in (text := status.read_text()):  # ru_maxrss includes the parent's peak
+        return int(text.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6

@@ -3,8 +3,8 @@ import math
 
 import numpy as np
 
+from ..tools.files import UserError, write_json
 from . import plots
-from .files import UserError, write_json
 from .runs import load, make_run, train_missing
 from .studies import SEARCHES, Variant, label
 
