@@ -29,7 +29,7 @@ def common_defaults():
 def parse(arguments):
     """Turn the command line into a Namespace; `common` has the options that all runs share. Mistakes exit with 2."""
     parser = options.Parser(prog="compare.py", description="Compare head tuning, adapters, LoRA and full fine-tuning.")
-    whole = [name for name, search in SEARCHES.items() if "limit" not in search.options]
+    whole = [name for name, search in SEARCHES.items() if search.accuracy and "limit" not in search.options]
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help=f"a smoke test: one fold, {QUICK['limit']} sentences, "
                       "one epoch")
@@ -471,7 +471,8 @@ def main(chosen):
         check_readme(chosen.out / "README.md")
         place = read_place(chosen.out) if chosen.report else find_place(chosen.out, chosen.common)
         for name in chosen.rates or ():
-            rates.search(name, place, chosen.jobs)
+            find = rates.search if SEARCHES[name].accuracy else rates.search_calibrated
+            find(name, place, chosen.jobs)
         if not (chosen.rates or chosen.report):
             runs = [make_run(place, variant, fold, STUDIES[name].rule) for name in chosen.study
                     for variant in STUDIES[name].variants for fold in range(chosen.folds or STUDIES[name].folds)]

@@ -1418,11 +1418,21 @@ def test_cached_features_of_a_frozen_encoder_train_the_same_head(make_settings, 
 
 
 def test_learning_rate_by_hand(make_settings):
-    chosen = make_settings("lora", "--lr", 1, "--warmup", 0.2)
-    rates = [train.learning_rate(step, 10, chosen) for step in range(1, 11)]
+    chosen = make_settings("lora", "--warmup", 0.2)
+    rates = [train.schedule(step, 10, chosen) for step in range(1, 11)]
     assert rates == pytest.approx([0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
-    chosen = make_settings("lora", "--lr", 1, "--warmup", 0, "--schedule", "constant")
-    assert {train.learning_rate(step, 10, chosen) for step in range(1, 11)} == {1.0}
+    chosen = make_settings("lora", "--warmup", 0, "--schedule", "constant")
+    assert {train.schedule(step, 10, chosen) for step in range(1, 11)} == {1.0}
+
+
+def test_the_head_has_a_rate_of_its_own_if_it_is_given(make_settings, tiny):
+    for more, rates in (([], {1e-2}), (["--head-lr", 0.5], {1e-2, 0.5})):
+        chosen = make_settings("adapter", *more)
+        model = build(chosen, 2, tiny)
+        groups = train.make_optimizer(model, chosen).param_groups
+        peak = {parameter: group["peak"] for group in groups for parameter in group["params"]}
+        assert set(peak) == set(models.trained(model).values()) and set(peak.values()) == rates
+        assert {peak[parameter] for parameter in model.head.parameters()} == {max(rates)}
 
 
 def test_the_loop_is_adamw_with_clipping_as_written_by_hand(make_settings, tiny, reviews):
@@ -1441,7 +1451,7 @@ def test_the_loop_is_adamw_with_clipping_as_written_by_hand(make_settings, tiny,
         loss = F.cross_entropy(head(forward.features[indices].double()), forward.labels[indices])
         gradients = torch.autograd.grad(loss, parameters)
         norm = math.sqrt(sum(g.square().sum() for g in gradients))
-        rate = train.learning_rate(t, steps, chosen)
+        rate = chosen.lr * train.schedule(t, steps, chosen)
         with torch.no_grad():
             for p, g, m, v in zip(parameters, gradients, first, second):
                 g = g * min(1, 0.05 / norm)
@@ -2660,6 +2670,18 @@ def test_the_search_goes_as_far_as_it_has_to(best, monkeypatch, fake_place):
         0.8 - abs(math.log2(rate / best)) / 200, abs(math.log2(rate / best))))
     for chosen in rates.choose(rates.average(tried)):
         assert best / 2 < chosen < 2 * best and min(tried) < chosen < max(tried)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+@pytest.mark.parametrize("best", [1e-6, 3e-5, 0.05])
+def test_the_search_by_calibrated_loss_ends_with_the_best_rate_and_its_neighbours_on_three_folds(best, factor):
+    found = {}
+    while pairs := rates.calibrated_to_run(found, 1e-3, factor):
+        for rate, fold in pairs:
+            found.setdefault(rate, {})[fold] = abs(math.log2(rate / best)) + fold
+    chosen = min((rate for rate in found if len(found[rate]) == 3), key=lambda rate: found[rate][2])
+    assert best / factor < chosen < best * factor
+    assert {len(found[rate]) for rate in (chosen / factor, chosen, chosen * factor)} == {3}
 
 
 def test_a_search_whose_runs_all_failed_is_an_error_of_the_search_and_not_of_a_report(monkeypatch, fake_place):

@@ -106,12 +106,12 @@ class Forward:
         return loss, (logits.argmax(1) == labels).double().mean().item(), logits.numpy()
 
 
-def learning_rate(step, steps, settings):
-    """The rate at a step from 1 to `steps`: linear warm-up to settings.lr, then linear decay, or constant."""
+def schedule(step, steps, settings):
+    """The share of the highest rate at a step from 1 to `steps`: linear warm-up, then linear decay, or constant."""
     warmup = round(settings.warmup * steps)
     rise = step / max(warmup, 1)
     fall = (steps - step + 1) / max(steps - warmup, 1) if settings.schedule == "linear" else 1.0
-    return settings.lr * min(rise, fall, 1.0)
+    return min(rise, fall, 1.0)
 
 
 class Monitor:
@@ -179,7 +179,7 @@ def train(forward, optimizer, train_set, dev_set, progress, settings, save):
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, settings)
+                group["lr"] = group["peak"] * schedule(step, steps, settings)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -238,10 +238,13 @@ def check_fit(settings, tokenizer, config, weights):
 
 
 def make_optimizer(model, settings):
-    """AdamW, with weight decay on matrices only."""
-    parameters = list(trained(model).values())
-    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
-              {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]
+    """AdamW, with weight decay on matrices only, and a rate of its own for the head if --head-lr is given."""
+    head, groups = set(model.head.parameters()), []
+    for is_head, peak in ((False, settings.lr), (True, settings.head_lr or settings.lr)):
+        parameters = [p for p in trained(model).values() if (p in head) == is_head]
+        matrices, vectors = ([p for p in parameters if (p.dim() > 1) == more] for more in (True, False))
+        groups += [{"params": matrices, "peak": peak, "weight_decay": settings.weight_decay},
+                   {"params": vectors, "peak": peak, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 
 from ..tools.files import UserError, write_json
 from . import plots
-from .runs import load, make_run, train_missing
+from .runs import evaluate, load, make_run, train_missing
 from .studies import SEARCHES, Variant, label
 
 FOLDS = (0, 1, 2)
@@ -61,6 +61,46 @@ def still_to_run(found, start):
     return missing([rate * factor for rate in best for factor in (0.5, 1, 2)], FOLDS)
 
 
+def calibrated_to_run(found, start, factor=2):
+    """The (rate, fold) pairs that a search by calibrated dev loss needs next; none if it is finished.
+
+    found: {rate: {fold: calibrated dev loss}}. First fold 0 alone, by factors, until the best rate has neighbours on
+    both sides. Then folds 0 to 2 for the best and its neighbours, until the lowest mean has both neighbours on all.
+    """
+    if not found:
+        return {(start * change, 0) for change in (1 / factor, 1, factor)}
+
+    def missing(best, folds):
+        rates = (best / factor, best, best * factor)
+        return {(rate, fold) for rate in rates for fold in folds if fold not in found.get(rate, {})}
+
+    first = {rate: folds[0] for rate, folds in found.items() if 0 in folds}
+    best = min(first, key=first.get)
+    runs = missing(best, [0]) or missing(best, FOLDS)
+    if runs or not math.isfinite(first[best]):
+        return runs if math.isfinite(first[best]) else set()
+    means = {rate: np.mean(list(folds.values())) for rate, folds in found.items() if len(folds) == len(FOLDS)}
+    return missing(min(means, key=means.get), FOLDS)
+
+
+def search_calibrated(name, place, jobs=0):
+    """Search one rate by the calibrated rule: {rate: {fold: calibrated dev loss}}. jobs 0: train nothing; None if
+    records are missing. A failed run has infinite loss."""
+    entry, found = SEARCHES[name], {}
+    while pairs := sorted(calibrated_to_run(found, entry.start, entry.factor)):
+        runs = [make_run(place, Variant(name, entry.technique, {**entry.options, entry.option: rate}, name), fold,
+                         "calibrated") for rate, fold in pairs]
+        if jobs:
+            train_missing(runs, jobs)
+        for (rate, fold), run in zip(pairs, runs):
+            record = load(run)
+            if record is None:
+                return None
+            loss = evaluate(record, "dev").numbers["calibrated"] if "dev" in record else math.inf
+            found.setdefault(rate, {})[fold] = loss
+    return found
+
+
 def search(name, place, jobs=0):
     """Search one learning rate; a failed run has accuracy 0. jobs 0: train nothing; None if records are
     missing or all runs failed."""
@@ -100,7 +140,7 @@ def publish(place):
     Returns ({name: {"accuracy": rate, "loss": rate, "highest": rate}}, rows of a table, names of the figures drawn).
     highest: the most accurate rate, which no rule chooses.
     """
-    searches = {name: found for name in SEARCHES if (found := search(name, place))}
+    searches = {name: found for name in SEARCHES if SEARCHES[name].accuracy and (found := search(name, place))}
     chosen, rows = {}, []
     for name, found in searches.items():
         means = average(found)

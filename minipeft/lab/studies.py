@@ -8,25 +8,28 @@ from ..tools.settings import LINEAR_LAYERS, TECHNIQUES
 
 @dataclass(frozen=True)
 class Search:
-    """The learning rates of a technique with these options. start: where the search begins; accuracy, loss: what
-    `compare.py --rates` chose by each rule (rates.json in results/fp32 and results/search). A technique's rate
-    by accuracy is train.py's default."""
+    """The learning rates of a technique with these options. start: where the search begins; accuracy, loss, calibrated:
+    what was chosen by each rule (None: not searched by it). A technique's rate by accuracy is train.py's default.
+    option: what is searched, "lr" or "head_lr", in steps of `factor`."""
     technique: str
     start: float
-    accuracy: float
-    loss: float
+    accuracy: float | None = None
+    loss: float | None = None
     options: dict = field(default_factory=dict)
+    calibrated: float | None = None
+    option: str = "lr"
+    factor: float = 2
 
 
 TOP_BLOCK, TOP_TWO_BLOCKS = {"top_layers": 1}, {"top_layers": 2}
 FEW = {sentences: {"limit": sentences, "epochs": 20, "eval_every": 20}  # measuring dev takes longer than an epoch
        for sentences in (86, 431)}  # 1 and 5%; 60 and 280 steps
 SEARCHES = {
-    "head": Search("head", 8e-3, 8e-3, 8e-3),
-    "adapter": Search("adapter", 5e-4, 1e-3, 5e-4),
-    "lora": Search("lora", 5e-4, 5e-4, 2.5e-4),
-    "bitfit": Search("bitfit", 4e-3, 2e-3, 4e-3),
-    "full": Search("full", 5e-5, 2.5e-5, 1.25e-5),
+    "head": Search("head", 8e-3, 8e-3, 8e-3, calibrated=8e-3),
+    "adapter": Search("adapter", 5e-4, 1e-3, 5e-4, calibrated=2e-3),
+    "lora": Search("lora", 5e-4, 5e-4, 2.5e-4, calibrated=5e-4),
+    "bitfit": Search("bitfit", 4e-3, 2e-3, 4e-3, calibrated=4e-3),
+    "full": Search("full", 5e-5, 2.5e-5, 1.25e-5, calibrated=2.5e-5),
     "top-block": Search("full", 2e-4, 2e-4, 4e-4, TOP_BLOCK),
     "top-two-blocks": Search("full", 2e-4, 2e-4, 1e-4, TOP_TWO_BLOCKS),
     "adapter-86": Search("adapter", 5e-4, 2.5e-4, 2.5e-4, FEW[86]),
@@ -35,6 +38,16 @@ SEARCHES = {
     "adapter-431": Search("adapter", 5e-4, 1.25e-4, 6.25e-5, FEW[431]),
     "lora-431": Search("lora", 5e-4, 5e-4, 6.25e-5, FEW[431]),
     "full-431": Search("full", 5e-5, 5e-5, 6.25e-6, FEW[431]),
+    # A rate of its own for the head (results/protocol.md): the head's rate, then the body's once more.
+    "adapter-head": Search("adapter", 2e-3, options={"lr": 2e-3}, option="head_lr", factor=4),
+    "lora-head": Search("lora", 2e-3, options={"lr": 5e-4}, option="head_lr", factor=4),
+    "full-head": Search("full", 4e-4, options={"lr": 2.5e-5}, option="head_lr", factor=4),
+    # CoLA: is a sentence grammatical?
+    "cola-head": Search("head", 8e-3),
+    "cola-adapter": Search("adapter", 1e-3),
+    "cola-lora": Search("lora", 5e-4),
+    "cola-bitfit": Search("bitfit", 4e-3),
+    "cola-full": Search("full", 5e-5),
 }
 
 

@@ -136,6 +136,8 @@ def add_run(parser, technique):
     group = parser.add_argument_group("run")
     group.add_argument("--lr", metavar="X", type=positive, default=technique.lr,
                        help=f"highest learning rate (default: {technique.lr:g})")
+    group.add_argument("--head-lr", metavar="X", type=positive, help="highest learning rate of the head (default: the "
+                       "same as --lr)")
     group.add_argument("--fold", metavar="I", type=number(int, 0, 9),
                        help="index of the part of the data to test on (default: 0)")
     group.add_argument("--seed", metavar="N", type=number(int, 0, 2**32 - 1), default=0,
