@@ -51,7 +51,7 @@ from minipeft.lab.plots import Cost, Memory, Point
 from minipeft.lab.studies import Contrast, SEARCHES, STUDIES, Variant
 from minipeft.lora import LoRALinear, add_lora, load_lora, lora_state, merge_lora, remove_lora
 from minipeft.model import APPLY, Compute, build, describe, predict
-from minipeft.tools import checkpoint, download, export as interop, fast, files, settings as options, texts
+from minipeft.tools import checkpoint, distributed, download, export as interop, fast, files, settings as options, texts
 from minipeft.tools.checkpoint import open_run
 from minipeft.tools.files import UserError, read_json, read_safetensors, write_json
 
@@ -205,7 +205,7 @@ def test_real_weights_give_the_reference_outputs_with_fresh_lora_and_speed_ups(t
     encoder = load_bert(real)
     if twins:
         add_lora(encoder)
-    assert len(fast.speed_up(encoder, "cpu", "fp32", twins)) == len(twins)
+    assert len(fast.speed_up(encoder, Compute("cpu", "fp32"), twins)) == len(twins)
     input_ids, mask = data.pad(tokens)
     with torch.no_grad():
         hidden = encoder(input_ids, mask)
@@ -1089,9 +1089,27 @@ def result(settings):
     return metrics, history, record["test"], (folder / "model.safetensors").read_bytes()
 
 
+def run_program(settings):
+    """What `python train.py` does with these settings. Returns the exit code."""
+    return files.run_program("train.py", train.main, settings)
+
+
+def stop_at(monkeypatch, *steps):
+    """Interrupt training, as Ctrl-C does, at these calls of the optimiser, counted from 1."""
+    calls, step = [], torch.optim.AdamW.step
+
+    def step_that_stops(self, *arguments):
+        calls.append(None)
+        if len(calls) in steps:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_that_stops)
+
+
 def refused(settings, capsys, *parts):
     """The run ends with exit code 2 and one line that holds all `parts`, and writes nothing."""
-    assert train.main(settings) == 2
+    assert run_program(settings) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(part in error for part in parts), error
     assert not Path(settings.out).exists()
@@ -1143,10 +1161,10 @@ def test_metrics_are_those_of_the_opened_run_on_the_parts_of_its_fold(make_setti
 
 def test_every_technique_has_the_same_order_of_data_new_in_each_epoch_and_new_dropout_in_each_step(
         make_settings, monkeypatch):
-    seen, logits = {"head": [], "lora": []}, train.Forward.logits
+    seen, share = {"head": [], "lora": []}, distributed.share
     for name, steps in seen.items():
-        monkeypatch.setattr(train.Forward, "logits", lambda self, indices, steps=steps: (
-            steps.append((torch.initial_seed(), indices.tolist())), logits(self, indices))[1])
+        monkeypatch.setattr(distributed, "share", lambda batch, steps=steps: (
+            steps.append((torch.initial_seed(), batch.tolist())), share(batch))[1])
         train.run(make_settings(name, out=name))
     seeds, batches = zip(*seen["lora"])
     first, second = batches[:len(batches) // 2], batches[len(batches) // 2:]
@@ -1154,27 +1172,20 @@ def test_every_technique_has_the_same_order_of_data_new_in_each_epoch_and_new_dr
     assert first != second and sorted(sum(first, [])) == sorted(sum(second, []))
 
 
-def test_the_training_time_is_that_of_encoding_once_of_the_steps_and_of_reading_the_loss(make_settings, monkeypatch):
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=itertools.count().__next__))  # 1 s a call
-    metrics = train.run(make_settings("lora", "--limit", 160, "--epochs", 1))["metrics"]
-    assert (metrics["train_seconds"], metrics["step_milliseconds"]) == (1 + 10 + 1, 1000)
+def test_head_tuning_encodes_each_sentence_once_and_the_finished_model_is_tested_with_lora_merged(
+        make_settings, monkeypatch):
+    encoded, kinds, features = [], [], Classifier.features
 
+    def count_and_look(self, input_ids, *mask):
+        encoded.append(len(input_ids))
+        kinds.append({type(module) for module in self.modules()})
+        return features(self, input_ids, *mask)
 
-def test_the_speed_of_inference_is_measured_on_the_whole_model_with_lora_merged(make_settings, monkeypatch):
-    encoded, features, evaluate, kinds = [], Classifier.features, train.Forward.evaluate, {}
-
-    def evaluate_and_look(self, indices, label):
-        kinds[label] = {type(module) for module in self.model.modules()}
-        return evaluate(self, indices, label)
-
-    monkeypatch.setattr(train.Forward, "evaluate", evaluate_and_look)
-    monkeypatch.setattr(Classifier, "features", lambda self, input_ids, *mask: (
-        encoded.append(len(input_ids)), features(self, input_ids, *mask))[1])
+    monkeypatch.setattr(Classifier, "features", count_and_look)
     sizes = train.run(make_settings("head"))["sentences"]
     assert sum(encoded) == sizes["train"] + 2 * sizes["dev"] + sizes["test"]  # once for training, then for inference
     train.run(make_settings("lora", out="lora"))
-    lora_layers = {name for name, found in kinds.items() if any(issubclass(kind, LoRALinear) for kind in found)}
-    assert lora_layers == {"train sample"} and kinds.keys() == {"train sample", "dev", "test"}
+    assert not any(issubclass(kind, LoRALinear) for kind in kinds[-1])
 
 
 def test_dev_is_measured_as_often_as_asked_and_after_the_last_epoch_and_changes_nothing(make_settings):
@@ -1187,23 +1198,10 @@ def test_dev_is_measured_as_often_as_asked_and_after_the_last_epoch_and_changes_
 
 
 def test_an_epoch_that_ended_before_an_interruption_is_not_measured_with_later_weights(make_settings, monkeypatch):
-    calls, step = [], torch.optim.AdamW.step
-
-    def step_that_stops(self, *arguments):
-        calls.append(None)
-        if len(calls) == 30:  # in the second epoch
-            raise KeyboardInterrupt
-        return step(self, *arguments)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", step_that_stops)
-    assert train.main(make_settings("lora", "--save-every", 7, "--eval-every", 2)) == 130
+    stop_at(monkeypatch, 30)  # in the second epoch
+    assert run_program(make_settings("lora", "--save-every", 7, "--eval-every", 2)) == 130
     record = train.run(make_settings("lora", "--resume"))  # measures every epoch
     assert [row["epoch"] for row in record["history"]] == [2]
-
-
-def test_no_epochs_measure_the_untrained_model(make_settings):
-    record = train.run(make_settings("head", "--epochs", 0))
-    assert abs(record["metrics"]["dev_loss"] - math.log(2)) < 0.05 and record["history"][0]["epoch"] == 0
 
 
 def test_the_same_command_gives_the_same_bits_and_another_seed_others(make_settings):
@@ -1215,23 +1213,16 @@ def test_the_same_command_gives_the_same_bits_and_another_seed_others(make_setti
 
 
 @pytest.mark.parametrize("technique, more", [("lora", ["--lora-dropout", 0.2, "--dropout", 0.1]), ("adapter", []),
-                                             ("head", []), ("full", [])])
+                                             ("head", []), ("full", ["--head-lr", 0.02])])
 def test_a_run_interrupted_at_three_steps_ends_in_the_same_bits(make_settings, monkeypatch, technique, more):
     whole = make_settings(technique, *more, out="whole")
     broken = make_settings(technique, *more, "--save-every", 7, out="broken")
     train.run(whole)
-    stops, calls, step = [5, 13, 30], [], torch.optim.AdamW.step
-
-    def step_that_stops(self, *arguments):
-        calls.append(None)
-        if len(calls) in stops:  # before the first state, between two states, in the second epoch
-            raise KeyboardInterrupt
-        return step(self, *arguments)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", step_that_stops)
+    stop_at(monkeypatch, 5, 13, 30)  # before the first state, between two states, in the second epoch
     interruptions = 0
-    while train.main(broken) == 130:
-        interruptions, broken.resume = interruptions + 1, True
+    while run_program(broken) == 130:
+        interruptions += 1
+        broken = options.parse([technique, "--resume", "--save-every", "7", "--out", broken.out])  # the rest is recorded
         assert not (Path(broken.out) / "run.json").exists()
     assert interruptions == 3 and result(whole) == result(broken)
     assert not (Path(broken.out) / "state.safetensors").exists()
@@ -1243,14 +1234,15 @@ def command(settings, *more):
     return [sys.executable, str(ROOT / "train.py"), *words, "--out", settings.out, *more]
 
 
-DIE_AFTER_STEP_13 = """
-import os, sys, train
-add = train.Monitor.add
-def add_and_die(self, *arguments):
-    add(self, *arguments)
-    if self.progress.step == 13:
+DIE_AT_STEP_13 = """
+import os, sys, torch, train
+step, calls = torch.optim.AdamW.step, []
+def step_and_die(self, *arguments):
+    calls.append(None)
+    if len(calls) == 13:
         os._exit(9)
-train.Monitor.add = add_and_die
+    return step(self, *arguments)
+torch.optim.AdamW.step = step_and_die
 train.run(train.options.parse(sys.argv[1:]))
 """
 
@@ -1259,7 +1251,7 @@ def test_a_killed_process_resumes_to_the_same_bits(make_settings):
     whole, killed = make_settings("lora", out="whole"), make_settings("lora", "--save-every", 5, out="killed")
     train.run(whole)
     first, again = command(killed), command(killed, "--resume")
-    died = subprocess.run([sys.executable, "-c", DIE_AFTER_STEP_13, *first[2:]], cwd=ROOT, stdout=subprocess.DEVNULL)
+    died = subprocess.run([sys.executable, "-c", DIE_AT_STEP_13, *first[2:]], cwd=ROOT, stdout=subprocess.DEVNULL)
     assert died.returncode == 9 and not (Path(killed.out) / "run.json").exists()
     done = subprocess.run(again, check=True, capture_output=True, text=True)
     assert "resuming after step 10" in done.stdout and result(whole) == result(killed)
@@ -1268,47 +1260,46 @@ def test_a_killed_process_resumes_to_the_same_bits(make_settings):
 def test_a_second_process_on_the_same_folder_is_refused(make_settings, capsys):
     chosen = make_settings("lora")
     with checkpoint.locked(chosen.out):
-        assert train.main(chosen) == 2
+        assert run_program(chosen) == 2
     assert f"in use by another process (pid {os.getpid()})" in capsys.readouterr().err
     assert not Path(chosen.out).exists()
     Path(chosen.out).mkdir()
     (Path(chosen.out) / "lock").write_text("pid 1")  # left by a process that was killed: it holds nothing
-    assert train.main(chosen) == 0
+    assert run_program(chosen) == 0
 
 
 def test_resume_refuses_another_run_and_repeats_no_finished_one(make_settings, capsys, tmp_path, tiny):
     chosen = make_settings("lora")
     train.run(chosen)
     before = result(chosen)
-    assert train.main(make_settings("lora")) == 2 and "holds a run already" in capsys.readouterr().err
-    assert train.main(make_settings("lora", "--resume")) == 0 and "finished already" in capsys.readouterr().out
-    assert train.main(make_settings("lora", "--resume", "--rank", 4)) == 2
-    assert "rank was 8 and is 4" in capsys.readouterr().err
-    other = rewrite(tiny, tmp_path / "other", lambda t: {k: v + 1 for k, v in t.items()})
-    shutil.copy(tiny / "tokenizer.json", other)
-    assert train.main(make_settings("lora", "--resume", "--weights", other)) == 2
-    assert "other base weights" in capsys.readouterr().err
+    assert run_program(make_settings("lora")) == 2 and "holds a run already" in capsys.readouterr().err
+    assert run_program(make_settings("lora", "--resume")) == 0 and "finished already" in capsys.readouterr().out
+    assert run_program(make_settings("lora", "--resume", "--rank", 4)) == 2
+    assert "was started with --rank 8, not 4" in capsys.readouterr().err
+    assert run_program(make_settings("head", "--resume")) == 2 and "a run of lora, not of head" in capsys.readouterr().err
     assert result(chosen) == before
-    assert train.main(make_settings("lora", "--overwrite", "--rank", 4)) == 0 and result(chosen) != before
-    assert train.main(make_settings("head", "--resume", out="new")) == 0
+    assert run_program(make_settings("lora", "--overwrite", "--rank", 4)) == 0 and result(chosen) != before
+    assert run_program(make_settings("head", "--resume", out="new")) == 0
     assert "starting at the first step" in capsys.readouterr().out
 
 
-def test_resume_keeps_the_measured_precision_and_refuses_other_data(make_settings, tmp_path, capsys, monkeypatch):
+def test_resume_keeps_the_measured_precision_and_refuses_other_data_and_other_weights(
+        make_settings, tmp_path, capsys, monkeypatch, tiny):
     own = tmp_path / "own.csv"
     shutil.copy(make_settings("lora").data, own)
-    chosen = make_settings("lora", "--data", own, "--precision", "auto", "--save-every", 5)
-    measured = iter([Compute(precision="bf16"), Compute(precision="fp32")])
-    monkeypatch.setattr(train, "choose_compute", lambda given, config: (
-        next(measured) if given.precision == "auto" else Compute(precision=given.precision), ""))
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert train.main(chosen) == 130
+    monkeypatch.setattr(fast, "fastest_precision", lambda *shape: ("bf16", "measured"))
+    stop_at(monkeypatch, 8)
+    assert run_program(make_settings("lora", "--data", own, "--precision", "auto", "--save-every", 5)) == 130
+    monkeypatch.setattr(fast, "fastest_precision", lambda *shape: ("fp32", "measured"))
     content = own.read_text()
     own.write_text(content + "a good film,good\n")
     again = ["--data", own, "--precision", "auto", "--resume"]
-    assert train.main(make_settings("lora", *again)) == 2 and "data was" in capsys.readouterr().err
+    assert run_program(make_settings("lora", *again)) == 2 and "the data have changed" in capsys.readouterr().err
     own.write_text(content)
+    other = rewrite(tiny, tmp_path / "other", lambda t: {k: v + 1 for k, v in t.items()})
+    shutil.copy(tiny / "tokenizer.json", other)
+    assert run_program(make_settings("lora", *again, "--weights", other)) == 2
+    assert "other base weights" in capsys.readouterr().err
     assert train.run(make_settings("lora", *again))["machine"]["precision"] == "bf16"
 
 
@@ -1318,7 +1309,7 @@ def test_a_folder_that_holds_no_run_is_never_touched(make_settings, tmp_path, ca
     downloads.mkdir()
     for name in ("thesis.txt", "film.mp4.123.part", "model.safetensors.9.part"):
         (downloads / name).write_text("precious")
-    assert train.main(make_settings("lora", *more, out="downloads")) == 2
+    assert run_program(make_settings("lora", *more, out="downloads")) == 2
     assert "holds other files" in capsys.readouterr().err
     assert {path.read_text() for path in downloads.iterdir()} == {"precious"} and len(list(downloads.iterdir())) == 3
 
@@ -1332,89 +1323,84 @@ def test_a_run_deletes_only_what_a_run_wrote(make_settings, tmp_path):
     assert "notes.txt" in names and "state.safetensors.77.part" not in names
 
 
-def test_a_run_resumed_on_another_machine_warns(make_settings, capsys, monkeypatch):
-    chosen = make_settings("lora", "--save-every", 5)
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert train.main(chosen) == 130
-    name, again = checkpoint.processor("cpu"), make_settings("lora", "--save-every", 5, "--resume")
+def test_a_run_resumed_on_another_machine_warns_and_its_record_names_both(make_settings, capsys, monkeypatch):
+    name = checkpoint.processor("cpu")
+    stop_at(monkeypatch, 8, 15)
+    assert run_program(make_settings("lora", "--save-every", 5)) == 130
     monkeypatch.setattr(checkpoint, "processor", lambda device: "another processor")
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        patch.setattr(train.Monitor, "read", lambda self: None)
-        assert train.main(again) == 130
-    warning = "resumes with another processor: the last bits may differ"
-    assert warning in capsys.readouterr().out
-    assert train.run(again)["machine"]["processor"] == f"{name}, then another processor"
+    assert run_program(make_settings("lora", "--save-every", 5, "--resume")) == 130
+    assert "resumes with another processor: the last bits may differ" in capsys.readouterr().out
+    assert train.run(make_settings("lora", "--resume"))["machine"]["processor"] == f"{name}, then another processor"
 
 
 def test_the_peak_memory_of_a_resumed_run_is_that_of_all_its_processes(make_settings, monkeypatch):
     peaks = iter([700, 900, 400])
-    monkeypatch.setattr(train, "peak_memory", lambda device: next(peaks, 300))
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert train.main(make_settings("lora", "--epochs", 1, "--save-every", 10)) == 130
-    resumed = train.run(make_settings("lora", "--epochs", 1, "--save-every", 10, "--resume"))
-    assert resumed["metrics"]["peak_memory_mb"] == 900
+    monkeypatch.setattr(fast, "peak_memory", lambda device: next(peaks, 300))
+    stop_at(monkeypatch, 12)
+    assert run_program(make_settings("lora", "--epochs", 1, "--save-every", 5)) == 130
+    assert train.run(make_settings("lora", "--resume"))["metrics"]["peak_memory_mb"] == 900
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_state(make_settings, monkeypatch, capsys):
-    chosen = make_settings("lora", "--save-every", 5)
-    logits, calls = train.Forward.logits, []
+    chosen, loss, calls = make_settings("lora", "--save-every", 5), F.cross_entropy, []
 
-    def spoilt(self, indices):
-        calls.append(indices)
-        return logits(self, indices) * (math.nan if len(calls) == 13 else 1.0)
+    def spoilt(logits, labels):
+        calls.append(None)
+        return loss(logits, labels) * (math.nan if len(calls) == 13 else 1.0)
 
-    monkeypatch.setattr(train.Forward, "logits", spoilt)
-    assert train.main(chosen) == train.DIVERGED == 3
+    monkeypatch.setattr(F, "cross_entropy", spoilt)
+    assert run_program(chosen) == train.DIVERGED == 3
     error = capsys.readouterr().err
-    assert "step 13" in error and "--lr" in error and error.count("\n") == 1
+    assert "step 15: the loss is nan" in error and "--lr" in error and error.count("\n") == 1  # the next look
     tensors, about = checkpoint.read_tensors(Path(chosen.out) / "state.safetensors")
     assert about["progress"]["step"] == 10 and all(tensor.isfinite().all() for tensor in tensors.values())
-    assert "step 13" in checkpoint.read_record(Path(chosen.out) / "run.json")["failed"]
-
-
-def forward_of(technique, make_settings, tiny, reviews, **more):
-    corpus = texts.read_corpus([reviews], data.load_tokenizer(tiny, 40))
-    return train.Forward(build(make_settings(technique, *more.pop("options", [])), 2, tiny), corpus, Compute(**more))
+    assert "step 15" in checkpoint.read_record(Path(chosen.out) / "run.json")["failed"]
 
 
 def test_loss_and_accuracy_do_not_depend_on_the_batches(make_settings, tiny, reviews, monkeypatch):
-    forward, indices = forward_of("lora", make_settings, tiny, reviews), np.arange(101)
-    whole = forward.evaluate(indices, "")
-    batches = data.batches_of_tokens
+    corpus, indices = corpus_of(reviews, tiny=tiny), np.arange(101)
+    model, batches = build(make_settings("lora"), 2, tiny).eval(), data.batches_of_tokens
+
+    def score():
+        return train.score(predict(model, corpus.sentences(indices)), corpus.labels[indices])
+
+    whole = score()
     for budget in (1, 50, 100_000):
         monkeypatch.setattr(data, "batches_of_tokens", lambda lengths: batches(lengths, budget))
-        assert forward.evaluate(indices, "")[:2] == pytest.approx(whole[:2], abs=1e-6)
-    logits = torch.from_numpy(whole[2]).double()
-    by_hand = -np.log(logits.softmax(1).numpy()[indices, forward.corpus.labels[indices]]).mean()
+        assert score() == pytest.approx(whole, abs=1e-6)
+    logits = torch.from_numpy(predict(model, corpus.sentences(indices))).double()
+    by_hand = -np.log(logits.softmax(1).numpy()[indices, corpus.labels[indices]]).mean()
     assert whole[0] == pytest.approx(by_hand, abs=1e-9)
 
 
 @pytest.mark.parametrize("technique, option", [
     ("full", "--head-dropout"), ("full", "--dropout"), ("lora", "--lora-dropout")])
-def test_evaluation_has_no_dropout_and_training_has(make_settings, tiny, reviews, technique, option):
-    forward = forward_of(technique, make_settings, tiny, reviews, options=["--head-dropout", 0, option, 0.5])
-    random_updates(forward.model)  # with B = 0 LoRA's dropout has no effect
-    indices = np.arange(20)
-    assert not torch.equal(forward.logits(indices), forward.logits(indices))
-    assert np.array_equal(forward.evaluate(indices, "")[2], forward.evaluate(indices, "")[2])
+def test_evaluation_has_no_dropout_and_training_has(make_settings, tiny, technique, option):
+    model = build(make_settings(technique, "--head-dropout", 0, option, 0.5), 2, tiny)
+    random_updates(model)  # with B = 0 LoRA's dropout has no effect
+    for training in (True, False):
+        model.train(training)
+        assert torch.equal(model(random_ids()), model(random_ids())) != training
 
 
-def test_cached_features_of_a_frozen_encoder_train_the_same_head(make_settings, monkeypatch):
-    cached, encoded = (make_settings("head", "--head-dropout", 0, out=name) for name in ("cached", "encoded"))
-    train.run(cached)
-    prepare = train.Forward.__init__
-
-    def prepare_without_cache(self, *arguments):
-        prepare(self, *arguments)
-        self.use_cache, self.distributed = False, self.model
-
-    monkeypatch.setattr(train.Forward, "__init__", prepare_without_cache)
-    train.run(encoded)
-    one, other = (load_file(Path(chosen.out) / "model.safetensors") for chosen in (cached, encoded))
-    assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
+def test_cached_features_of_a_frozen_encoder_train_the_same_head(make_settings, tiny, reviews):
+    chosen = make_settings("head", "--head-dropout", 0, "--epochs", 1)
+    train.run(chosen)
+    corpus, train_set, *_ = texts.load_data(chosen, tiny, read_config(tiny))
+    model = build(chosen, 2, tiny).train()
+    optimizer = train.make_optimizer(model, chosen)
+    batches = data.batches_of_like_length(corpus.lengths[train_set], 16, np.random.default_rng([0, 0]))
+    for step, batch in enumerate(batches, 1):
+        indices = train_set[batch]
+        loss = F.cross_entropy(model(*data.pad(corpus.sentences(indices))), torch.from_numpy(corpus.labels[indices]))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.head.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = chosen.lr * train.schedule(step, len(batches), chosen)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, tensor in load_file(Path(chosen.out) / "model.safetensors").items():
+        assert torch.allclose(tensor, model.state_dict()[name], atol=1e-4)
 
 
 def test_learning_rate_by_hand(make_settings):
@@ -1439,16 +1425,16 @@ def test_the_loop_is_adamw_with_clipping_as_written_by_hand(make_settings, tiny,
     """Ten steps of the loop against the update of Loshchilov & Hutter, algorithm 2, in float64."""
     chosen = make_settings("head", "--epochs", 1, "--head-dropout", 0, "--clip", 0.05, "--limit", 150)
     train.run(chosen)
-    forward = forward_of("head", make_settings, tiny, reviews, options=["--head-dropout", 0])
-    train_set = train.load_data(chosen, tiny)[2]
-    forward.cache(train_set)
-    head = forward.model.head.double()
+    corpus, train_set, *_ = texts.load_data(chosen, tiny, read_config(tiny))
+    model, labels = build(chosen, 2, tiny).eval(), torch.from_numpy(corpus.labels)
+    features = torch.from_numpy(predict(model.features, corpus.sentences(np.arange(len(corpus))))).double()
+    head = model.head.double()
     parameters, steps = list(head.parameters()), math.ceil(150 / 16)
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
-    batches = data.batches_of_like_length(forward.corpus.lengths[train_set], 16, np.random.default_rng([0, 0]))
+    batches = data.batches_of_like_length(corpus.lengths[train_set], 16, np.random.default_rng([0, 0]))
     for t, batch in enumerate(batches, 1):
         indices = train_set[batch]
-        loss = F.cross_entropy(head(forward.features[indices].double()), forward.labels[indices])
+        loss = F.cross_entropy(head(features[indices]), labels[indices])
         gradients = torch.autograd.grad(loss, parameters)
         norm = math.sqrt(sum(g.square().sum() for g in gradients))
         rate = chosen.lr * train.schedule(t, steps, chosen)
@@ -1518,7 +1504,7 @@ def test_in_a_terminal_an_epoch_has_a_line_of_its_own(make_settings, capsys, mon
 
 @pytest.mark.parametrize("words, part", [
     ("lora --rank 0", "--rank: 0 is not at least 1"), ("head --rank 8", "--rank is not an option of head"),
-    ("adapter --rslora", "--rslora is not an option of adapter"), ("lora --lr fast", "--lr"), ("lora --lr nan", "--lr"),
+    ("adapter --rslora", "--rslora is not an option of adapter"), ("lora --lr fast", "--lr"), ("lora --lr nan", "--lr"), ("lora --lr inf", "--lr"), ("lora --alpha inf", "--alpha"),
     ("prompt", "prompt"), ("lora --fold 10", "--fold"), ("lora --test t.csv", "--test needs --data"),
     ("lora --data d.csv --test t.csv --fold 1", "--fold"), ("lora --dropout 2", "--dropout"), ("lora --res", "--res"),
     ("lora --resume --overwrite", "not allowed with"), ("lora --data caf\udce9.csv", r"'caf\udce9.csv' is not UTF-8")])
@@ -1534,7 +1520,7 @@ def test_a_wrong_option_is_one_clear_line(capsys, words, part):
 def test_the_recorded_command_gives_the_same_settings(words):
     settings = options.parse(words.split())
     again = options.parse(options.command(settings).split()[2:])
-    assert again == settings
+    assert vars(again) | {"given": 0} == vars(settings) | {"given": 0}
 
 
 def test_help_is_answered_before_torch_is_imported():
@@ -1571,16 +1557,15 @@ for run in sys.argv[1:]:
 
 
 def test_a_run_opened_in_a_fresh_process_gives_the_same_bits(make_settings, monkeypatch):
-    expected, runs, evaluate = [], [], train.evaluate_run
+    expected, runs = [], []
 
-    def predict_first(forward, *rest):
+    def predict_first(model):  # called when the model is trained, and not merged
         sentences, _ = data.tokenize(data.load_tokenizer(runs[-1].weights, 40), ["a good film", "a very dull plot"])
-        predictions = models.predict(forward.model.eval(), sentences)
+        predictions = models.predict(model.eval(), sentences)
         expected.append(str([value.hex() for value in predictions.ravel().tolist()]))
-        return evaluate(forward, *rest)
 
-    monkeypatch.setattr(train, "evaluate_run", predict_first)
     monkeypatch.setattr(fast, "speed_up", lambda *_: [])  # a twin may differ in the last bit
+    monkeypatch.setattr(fast, "restore", predict_first)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for technique in options.TECHNIQUES:
@@ -1633,17 +1618,17 @@ def test_a_record_that_lacks_any_key_is_a_user_error(finished_run):
 
 def test_a_damaged_state_is_refused(make_settings, monkeypatch, capsys):
     chosen = make_settings("lora", "--save-every", 5)
-    monkeypatch.setattr(train, "evaluate_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert train.main(chosen) == 130
+    stop_at(monkeypatch, 8)
+    assert run_program(chosen) == 130
     state = Path(chosen.out) / "state.safetensors"
     whole = state.read_bytes()
     tensors, about = checkpoint.read_tensors(state)
     state.write_bytes(flipped(whole))
-    assert train.main(make_settings("lora", "--resume")) == 2
+    assert run_program(make_settings("lora", "--resume")) == 2
     assert "state.safetensors is damaged" in capsys.readouterr().err
     for key in about:
         checkpoint.write_tensors(state, tensors, {k: v for k, v in about.items() if k != key})
-        assert train.main(make_settings("lora", "--resume")) == 2 and "is damaged" in capsys.readouterr().err
+        assert run_program(make_settings("lora", "--resume")) == 2 and "is damaged" in capsys.readouterr().err
 
 
 def test_other_base_weights_are_refused(finished_run, tiny, tmp_path):
@@ -1816,7 +1801,7 @@ def test_a_fast_twin_has_the_output_and_gradients_of_the_plain_module(
     monkeypatch.setattr(fast.FastAttention, "fits", lambda module, precision: True)  # in fp32 it agrees more closely
     plain = with_lora(tiny)
     quick = copy.deepcopy(plain)
-    assert fast.speed_up(quick, "cpu", precision, [twin]) == [twin.label]
+    assert fast.speed_up(quick, Compute("cpu", precision), [twin]) == [twin.label]
     assert not any(type(module) is twin.__base__ for module in quick.modules())
     ours, theirs = (output_and_gradients(encoder, mask, precision) for encoder in (quick, plain))
     assert len(ours) == len(theirs) == 25  # the output, and A and B of twelve layers
@@ -1827,22 +1812,44 @@ def test_a_fast_twin_has_the_output_and_gradients_of_the_plain_module(
 def test_speed_ups_change_no_tensor_or_name_and_can_be_repeated(tiny):
     encoder = with_lora(tiny)
     before = bits(encoder)
-    assert len(fast.speed_up(encoder, "cpu", "bf16")) == 2 and fast.speed_up(encoder, "cpu", "bf16") == []
+    assert len(fast.speed_up(encoder, Compute("cpu", "bf16"))) == 3 and fast.speed_up(encoder, Compute("cpu", "bf16")) == []
     assert same_bits(before, encoder.state_dict())
     copied = copy.deepcopy(encoder)
+    fast.restore(copied)
     assert len(merge_lora(copied)) == 12
     assert torch.allclose(encoder(random_ids()), copied(random_ids()), atol=1e-5)
 
 
+@pytest.mark.parametrize("technique", ["head", "adapter", "lora"])
+def test_weights_cast_once_give_the_bits_of_autocast_before_and_after_a_merge(technique, tiny, make_settings):
+    def compute(twins):
+        torch.manual_seed(0)
+        model = build(make_settings(technique, "--head-dropout", 0), 2, tiny)
+        random_updates(model)
+        fast.speed_up(model, Compute("cpu", "bf16"), twins)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = [model(random_ids())]
+        outputs[0].square().sum().backward()
+        outputs += [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        fast.restore(model)
+        merge_lora(model)
+        fast.speed_up(model, Compute("cpu", "bf16"), twins)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            return [*outputs, model(random_ids())]
+
+    plain, quick = (compute(twins) for twins in ((fast.FastLoRALinear,), (fast.FastLoRALinear, fast.CastOnceLinear)))
+    assert all(torch.equal(one, other) for one, other in zip(plain, quick, strict=True))
+
+
 def test_a_speed_up_is_left_out_where_its_condition_does_not_hold(tiny):
-    assert fast.speed_up(with_lora(tiny), "cuda", "bf16") == []
-    assert fast.speed_up(with_lora(tiny), "cpu", "fp32") == [fast.FastLoRALinear.label]
-    assert fast.speed_up(with_lora(tiny, dropout=0.1), "cpu", "fp32") == []
+    assert fast.speed_up(with_lora(tiny), Compute("cuda", "bf16")) == []
+    assert fast.speed_up(with_lora(tiny), Compute("cpu", "fp32")) == [fast.FastLoRALinear.label]
+    assert fast.speed_up(with_lora(tiny, dropout=0.1), Compute("cpu", "fp32")) == []
     encoder, calls = with_lora(tiny), []
     layers = [module for module in encoder.modules() if isinstance(module, LoRALinear)]
     layers[0].linear.register_forward_hook(lambda *_: calls.append(1))
     layers[1].linear.requires_grad_(True)
-    fast.speed_up(encoder, "cpu", "fp32")
+    fast.speed_up(encoder, Compute("cpu", "fp32"))
     assert [type(layer) is LoRALinear for layer in layers] == [True, True] + [False] * 10
     encoder(random_ids()).sum().backward()
     assert calls == [1] and layers[1].linear.weight.grad is not None
@@ -1850,7 +1857,7 @@ def test_a_speed_up_is_left_out_where_its_condition_does_not_hold(tiny):
 
 def test_fast_attention_drops_attention_weights_in_training_only(tiny):
     encoder = load_bert(tiny, dropout=0.5)
-    fast.speed_up(encoder, "cpu", "bf16")
+    fast.speed_up(encoder, Compute("cpu", "bf16"))
     attention = encoder.layers[0].attention
     x = torch.randn(2, 4, 9, 8, dtype=torch.bfloat16)
     assert torch.equal(attention.attend(x, x, x, None), attention.attend(x, x, x, None))
@@ -1862,7 +1869,7 @@ def test_fast_attention_drops_attention_weights_in_training_only(tiny):
 def test_in_bf16_the_norms_and_the_residual_stream_are_fp32_and_the_products_bf16(quick, tiny):
     encoder, dtypes = with_lora(tiny), {nn.LayerNorm: set(), LoRALinear: set()}
     if quick:
-        fast.speed_up(encoder, "cpu", "bf16")
+        fast.speed_up(encoder, Compute("cpu", "bf16"))
     for module in encoder.modules():
         for kind in dtypes:
             if isinstance(module, kind):
@@ -1877,7 +1884,7 @@ def test_forty_steps_with_speed_ups_have_the_losses_of_the_plain_loop(tiny, make
     def losses(quick):
         model = models.build(make_settings("lora", "--seed", 1), 2, tiny)
         if quick:
-            assert fast.speed_up(model, "cpu", "fp32")
+            assert fast.speed_up(model, Compute("cpu", "fp32"))
         optimizer = torch.optim.AdamW(models.trained(model).values(), lr=1e-3)
         model.train()
         for step in range(40):
@@ -1922,75 +1929,66 @@ def test_precision_and_padding_are_chosen_for_the_device(monkeypatch):
 # -- tools/distributed.py ---------------------------------------------------------------------------------
 
 IN_EACH_PROCESS = """
-import json, sys
+import json, sys, torch
 import train
-from minipeft.tools import distributed as parallel, settings
-losses, stop = [], [None]
-def add(self, loss, norm, correct, seconds, before=train.Monitor.add):
-    losses.append(float(parallel.sum_up(loss.detach()) / parallel.world()))
-    before(self, loss, norm, correct, seconds)
-    if self.progress.step == stop[0]:
+from minipeft.tools import distributed, settings
+step, calls, stop = torch.optim.AdamW.step, [], [None]
+def step_that_stops(self, *arguments):
+    calls.append(None)
+    if len(calls) == stop[0]:
         raise KeyboardInterrupt
-train.Monitor.add = add
+    return step(self, *arguments)
+torch.optim.AdamW.step = step_that_stops
 def run(words, at=None):
-    losses.clear()
+    calls.clear()
     stop[0] = at
     try:
         train.run(settings.parse(words))
     except KeyboardInterrupt:
         pass
-    return list(losses)
-with parallel.processes("cpu"):
-    lora, head, cut, path = json.loads(sys.argv[1])
-    found = [run(lora), run(head), run(cut, 13), run([*cut, "--resume"])]
-    if parallel.is_first():
-        open(path, "w").write(json.dumps(found))
+with distributed.processes("cpu"):
+    lora, head, cut = json.loads(sys.argv[1])
+    run(lora), run(head), run(cut, 14), run([*cut, "--resume"])
 """
 
 
 @pytest.fixture(scope="module")
 def several(tiny, reviews, tmp_path_factory):
-    """Runs of two processes: (folder of the runs, the losses of their steps, what was printed, words of a run)."""
+    """Runs of two processes: (folder of the runs, what was printed, words of a run)."""
     folder = tmp_path_factory.mktemp("several")
 
     def words(technique, out):
         fixed = ["--weights", tiny, "--data", reviews, "--device", "cpu", "--precision", "fp32", "--max-length", 40]
         short = ["--lr", 1e-2, "--limit", 151, "--batch-size", 15, "--epochs", 2, "--save-every", 5]  # one batch has 1
-        return [str(word) for word in (technique, *fixed, *short, "--out", folder / out)]
+        return [str(word) for word in (technique, *fixed, *short, "--head-dropout", 0, "--out", folder / out)]
 
-    runs = [words("lora", "lora"), words("head", "head"), words("lora", "cut"), str(folder / "losses.json")]
+    runs = [words("lora", "lora"), words("head", "head"), words("lora", "cut")]
     (folder / "several.py").write_text(IN_EACH_PROCESS)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", folder / "several.py",
          json.dumps(runs)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=100)
+        capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    return folder, json.loads((folder / "losses.json").read_text()), done.stdout, words
+    return folder, done.stdout, words
 
 
-@pytest.mark.parametrize("number, technique", [(0, "lora"), (1, "head")])
-def test_two_processes_have_the_losses_of_one(several, tmp_path, monkeypatch, number, technique):
-    _, found, _, words = several
-    losses, add = [], train.Monitor.add
-    monkeypatch.setattr(train.Monitor, "add", lambda self, *step: losses.append(step[0].item()) or add(self, *step))
+@pytest.mark.parametrize("technique", ["lora", "head"])
+def test_two_processes_have_the_losses_and_predictions_of_one(several, tmp_path, technique):
+    folder, _, words = several
     record = train.run(options.parse([*words(technique, "one")[:-1], str(tmp_path / "one")]))
-    assert len(found[number]) == len(losses) == 22 and record["settings"]["head_dropout"] > 0
-    assert np.abs(np.array(found[number]) - losses).max() < 1e-5
-    there = checkpoint.read_record(several[0] / technique / "run.json")
+    there = checkpoint.read_record(folder / technique / "run.json")
     assert there["machine"]["processes"] == 2 and there["test"]["lines"] == record["test"]["lines"]
+    for one, other in zip(there["history"], record["history"], strict=True):
+        assert abs(one["train_loss"] - other["train_loss"]) < 1e-4 and abs(one["dev_loss"] - other["dev_loss"]) < 1e-4
     assert np.abs(np.array(there["test"]["logits"]) - record["test"]["logits"]).max() < 2e-3
 
 
-def test_only_the_first_process_prints_and_the_bytes_of_a_step_are_told(several):
-    printed = several[2]
-    assert printed.count("epoch 2   train loss") == 3
-    assert printed.count("2 processes; gradients averaged in each step: 0.0 MB (full fine-tuning: 0.1 MB)") == 4
+def test_only_the_first_process_prints(several):
+    assert several[1].count("epoch 2   train loss") == 3
 
 
 def test_two_processes_resume_to_the_same_bits(several):
-    folder, found, _, _ = several
-    assert found[2] == found[0][:13] and found[3] == found[0][11:]  # a state is saved at the end of an epoch too
-    one, other = (load_file(folder / name / "model.safetensors") for name in ("lora", "cut"))
+    one, other = (load_file(several[0] / name / "model.safetensors") for name in ("lora", "cut"))
     assert same_bits(one, other)
 
 
@@ -3705,7 +3703,7 @@ def speed():
 def test_the_benchmark_counts_the_operations_that_torch_counts(speed, tiny, monkeypatch):
     monkeypatch.setattr(fast.FastAttention, "fits", lambda module, precision: True)  # torch counts no fused attention
     encoder = with_lora(tiny)
-    assert fast.speed_up(encoder, "cpu", "fp32", [fast.FastAttention])
+    assert fast.speed_up(encoder, Compute("cpu", "fp32"), [fast.FastAttention])
     with FlopCounterMode(display=False) as counter:
         encoder(random_ids(batch=3, length=10)).sum().backward()
     assert speed["lora_flops"](np.full(3, 10, np.int32), encoder.config, rank=8) == counter.get_total_flops()

@@ -17,6 +17,7 @@ import platform
 import shutil
 from argparse import Namespace
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
@@ -28,7 +29,7 @@ from . import distributed
 from .download import find_weights, hash_weights
 from .fast import processor
 from .files import UserError, atomic, check_tensors, read_json, read_safetensors, write_safetensors
-from .settings import TECHNIQUES, defaults
+from .settings import TECHNIQUES, UNRECORDED, command, defaults, recorded
 from .texts import fingerprint
 
 RECORD, STATE = "run.json", "state.safetensors"
@@ -41,24 +42,18 @@ PARTS = {  # the keys inside the objects of a finished record
                 "train_seconds", "step_milliseconds", "sentences_per_second", "peak_memory_mb", "saved_bytes"),
     "dev": ("lines", "labels", "logits"),
     "test": ("lines", "labels", "logits")}
-# Settings that do not decide the outcome, or whose resolved value is stored under "machine".
-NOT_RECORDED = ("out", "resume", "overwrite", "save_every", "eval_every", "device", "precision")
+PATHS = ("weights", "data", "test")  # hashes of their contents decide, not their names
 DELETE = "delete it (in the folder of a run: the whole folder) and run again"
 
 
 # -- records ----------------------------------------------------------------------------------------------
 
-def recorded(settings):
-    """The settings that decide the outcome, as a dict; those without a value are left out."""
-    return {name: value for name, value in vars(settings).items() if name not in NOT_RECORDED and value is not None}
-
-
-def start_record(command, settings, compute, weights, corpus, sentences, parameters):
+def start_record(settings, compute, weights, corpus, sentences, parameters):
     """What is known of a run before its first step: the values of START_KEYS. sentences, parameters: counts."""
     return {
-        "command": command, "settings": recorded(settings),
+        "command": command(settings), "settings": recorded(settings),
         "machine": {"processor": processor(compute.device), "device": compute.device, "precision": compute.precision,
-                    "threads": torch.get_num_threads(), **distributed.facts()},
+                    "threads": torch.get_num_threads(), **({"processes": distributed.world()} if distributed.world() > 1 else {})},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "tokenizers": tokenizers.__version__, "safetensors": safetensors.__version__},
         "weights_sha256": hash_weights(weights), "data_sha256": [fingerprint(path) for path in corpus.files],
@@ -211,74 +206,85 @@ def locked(folder):
         file.close()
 
 
-def find_run(folder):
-    """(record, whether it is finished) of the run in `folder`, or (None, False) if there is none."""
-    folder = Path(folder)
+@dataclass
+class Found:
+    """The run that a folder holds; tensors: the state of an unfinished one."""
+    record: dict
+    finished: bool
+    tensors: dict
+
+
+def find(folder, settings):
+    """Return the run in `folder`, as a Found, or None. With --resume, `settings` take over all that was not given on
+    the command line. UserError for damaged files, and for a given option that differs."""
+    folder, tensors = Path(folder), {}
     if (folder / RECORD).is_file():
-        return read_record(folder / RECORD), True
-    if not (folder / STATE).is_file():
-        return None, False
-    record = read_tensors(folder / STATE)[1]
-    if not isinstance(record, dict) or any(key not in record for key in (*START_KEYS, "progress")):
-        raise UserError(f"{folder / STATE} is damaged (keys are missing): delete it and run again")
-    return record, False
-
-
-def keep_machine(settings):
-    """If a run resumes, replace --device and --precision "auto" by what it began with: a new choice may differ."""
-    before, _ = find_run(settings.out) if settings.resume else (None, False)
-    for name in ("device", "precision"):
-        if before and before["machine"][name] and getattr(settings, name) == "auto":
-            setattr(settings, name, before["machine"][name])
+        record = read_record(folder / RECORD)
+    elif (folder / STATE).is_file():
+        tensors, record = read_tensors(folder / STATE)
+        if not isinstance(record, dict) or any(key not in record for key in (*START_KEYS, "progress")):
+            raise UserError(f"{folder / STATE} is damaged (keys are missing): {DELETE}")
+    else:
+        return None
+    if settings.resume:
+        there = record["settings"] | {name: record["machine"][name] for name in ("device", "precision")}
+        if there["technique"] != settings.technique:
+            raise UserError(f"--resume: {folder} holds a run of {there['technique']}, not of {settings.technique}")
+        for name in defaults(settings.technique).keys() - set(UNRECORDED) | {"device", "precision"}:
+            old, new = there.get(name), getattr(settings, name)
+            if name not in settings.given or new == "auto":
+                setattr(settings, name, old)
+            elif new != old and name not in PATHS:
+                raise UserError(f"--resume: {folder} was started with --{name.replace('_', '-')} {old}, not {new}: "
+                                "leave it out, or start anew with --overwrite")
+    return Found(record, not tensors, tensors)
 
 
 THEN = ", then "  # between the machines of a run that was resumed on another one
 
 
 def check_same_run(folder, before, record):
-    """UserError, with the differences, unless `before` began as `record` does. Returns warnings, as lines."""
+    """UserError unless weights, data and classes are those of the run `before`, a record. Returns warnings, as lines.
+    Processor and threads of both machines go into `record`: the times of a run on two machines belong to neither."""
     check_weights(folder, before, record["weights_sha256"])
-    old, new = ({**run["settings"], "classes": run["classes"], "data": run["data_sha256"],
-                 "test": None, "weights": None,  # hashes decide, not paths
-                 "device": run["machine"]["device"], "precision": run["machine"]["precision"]}
-                for run in (before, record))
-    differ = [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in old | new
-              if old.get(key) != new.get(key)]
-    if differ:
-        raise UserError(f"--resume: {folder} was started with other settings: {'; '.join(differ)}. "
-                        "Give those again, or start anew with --overwrite")
+    for key, what in (("data_sha256", "the data have"), ("classes", "the classes of the data have")):
+        if before[key] != record[key]:
+            raise UserError(f"--resume: {what} changed since {folder} was started: restore them, or start anew with "
+                            "--overwrite")
     there, here = before["machine"] | before["versions"], record["machine"] | record["versions"]
     changed = [key for key in here if str(there.get(key)).rpartition(THEN)[2] != str(here[key])]
-    for key in ("processor", "threads"):  # the times of a run on two machines belong to neither
+    for key in ("processor", "threads"):
         record["machine"][key] = f"{there[key]}{THEN}{here[key]}" if key in changed else there[key]
     return [f"warning: this run began with {key} {there.get(key)} and resumes with {here[key]}: the last bits may "
             "differ" for key in changed]
 
 
-def begin(folder, record, resume, overwrite):
-    """Decide how a run starts. Returns (finished record or None, warnings); if it raises, nothing has changed.
+def begin(folder, before, record, settings):
+    """Make the folder ready for a run and return warnings, as lines; if it raises, nothing has changed.
 
-    record: the keys START_KEYS. Raises UserError if the folder holds files but no run, or a run although neither
-    option is given. Only files that a run of ours has written are deleted.
+    before: what `find` returned; record: the keys START_KEYS. Raises UserError if the folder holds files but no run, or
+    a run although neither --resume nor --overwrite is given. Only files that a run of ours has written are deleted.
     """
-    folder, (before, finished) = Path(folder), find_run(folder)
     if before is None:
         others = sorted(path.name for path in folder.iterdir() if path.name != "lock"
                         and not (path.is_dir() and path.match(f"{STATE}.*.part")))  # of a run killed in its first write
         if others:
             raise UserError(f"--out {folder} holds other files ({', '.join(others[:3])}) and no run: choose "
                             "another folder")
-        return None, [f"no unfinished run in {folder}: starting at the first step"] if resume else []
-    if not (resume or overwrite):
+        return [f"no unfinished run in {folder}: starting at the first step"] if settings.resume else []
+    if not (settings.resume or settings.overwrite):
         raise UserError(f"{folder} holds a run already: --resume resumes it, --overwrite replaces it, "
                         "--out FOLDER writes to another folder")
-    warnings = check_same_run(folder, before, record) if resume else []
+    warnings = []
+    if settings.resume:
+        warnings = check_same_run(folder, before.record, record)
+        record["command"] = before.record["command"]
     for name in FILES:
         for left in folder.glob(f"{name}.*.part"):  # of a process that was killed while it wrote
             shutil.rmtree(left, ignore_errors=True)
-        if not resume:
+        if settings.overwrite:
             (folder / name).unlink(missing_ok=True)
-    return before if resume and finished else None, warnings
+    return warnings
 
 
 # -- the state of an unfinished run -----------------------------------------------------------------------
@@ -297,15 +303,12 @@ def save_state(folder, model, optimizer, record, progress):
 
 
 @torch.no_grad()
-def load_state(folder, model, optimizer):
-    """Restore a saved state and return its progress. UserError if it is damaged or of another model."""
-    path = Path(folder) / STATE
-    tensors, about = read_tensors(path)
-    expected = {f"{kind}.{name}": parameter for name, parameter in trained(model).items()
-                for kind in ("model", *MOMENTS)}
-    check_tensors(path, tensors, expected)
-    progress = about["progress"]
-    for name, parameter in trained(model).items():
+def restore(found, model, optimizer):
+    """Put the state of a Found into model and optimiser, and return its progress. UserError if it does not fit."""
+    tensors, progress, parameters = found.tensors, found.record["progress"], trained(model)
+    check_tensors(STATE, tensors, {f"{kind}.{name}": parameter for name, parameter in parameters.items()
+                                   for kind in ("model", *MOMENTS)})
+    for name, parameter in parameters.items():
         parameter.copy_(tensors["model." + name])
         optimizer.state[parameter] = {moment: tensors[f"{moment}.{name}"].to(parameter.device, copy=True)
                                       for moment in MOMENTS}  # a copy: Windows cannot replace a mapped file

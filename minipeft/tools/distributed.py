@@ -1,26 +1,20 @@
 """Data-parallel training in several processes: torchrun --nproc-per-node N train.py lora
 
-Each process holds the whole model and takes its share of every batch. torch's DistributedDataParallel averages the
-gradients of what is trained; nothing else is exchanged in a step. Batches, rates and losses are those of one process
-up to rounding, with dropout in the head too. (Dropout in the encoder differs: its masks depend on the padding.) Only
-the first process prints and writes. Without torchrun, every function behaves as in a single process.
+Each process holds the whole model and computes its share of every batch; torch's DistributedDataParallel averages the
+gradients. Every process evaluates for itself; only the first prints and writes. Without torchrun, each function is that
+of a single process.
 """
 import os
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
-
-from ..bert import Bert
-from .files import UserError
 
 
 @contextmanager
 def processes(device):
-    """Join the processes that torchrun has started, and silence all but the first. device: --device."""
+    """Join the processes that torchrun has started, and silence all but the first. device: that of --device."""
     if not dist.is_torchelastic_launched():
         yield
         return
@@ -29,11 +23,12 @@ def processes(device):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
-        if is_first():
+        with ExitStack() as silence:
+            if not is_first():
+                nowhere = silence.enter_context(open(os.devnull, "w"))
+                silence.enter_context(redirect_stdout(nowhere))
+                silence.enter_context(redirect_stderr(nowhere))
             yield
-        else:
-            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-                yield
     finally:
         dist.destroy_process_group()
 
@@ -51,103 +46,21 @@ def is_first():
     return rank() == 0
 
 
-def first_only(context):
-    """A context manager that only the first process enters."""
-    return context if is_first() else nullcontext()
-
-
-def from_first(function, *arguments):
-    """Call a function in the first process; return its result, or raise its UserError, in all of them."""
-    if world() == 1:
-        return function(*arguments)
-    result, mistake = None, None
-    if is_first():
-        try:
-            result = function(*arguments)
-        except UserError as error:
-            mistake = str(error)
-    received = [result, mistake]
-    try:
-        dist.broadcast_object_list(received)
-    except RuntimeError:
-        raise UserError("the first process has ended") from None
-    if received[1]:
-        raise UserError(received[1])
-    return received[0]
-
-
-def sum_up(tensor):
-    """The sum of a tensor over all processes."""
+def from_first(*values):
+    """The values of the first process, in every process."""
+    values = list(values)
     if world() > 1:
-        there = tensor.to("cuda") if dist.get_backend() == "nccl" else tensor.clone()
-        dist.all_reduce(there)
-        tensor = there.to(tensor.device)
-    return tensor
+        dist.broadcast_object_list(values)
+    return values
 
 
-# -- a training step --------------------------------------------------------------------------------------
-
-class SharedDropout(nn.Dropout):
-    """Dropout on the rows of this process, with the mask that one process would draw for the whole batch."""
-    batch = 0  # sentences in the batch, over all processes
-
-    def forward(self, x):
-        """(own rows, width) -> (own rows, width)"""
-        if not self.training:
-            return x
-        mask = F.dropout(torch.ones(self.batch, x.shape[1], device=x.device), self.p)
-        return x * mask[own(np.arange(self.batch))]
-
-
-def distribute(module, dropout):
-    """Return `module`, or a wrapper whose backward pass averages the gradients of all processes.
-
-    dropout: the nn.Dropout of the head, which then draws its masks as one process would.
-    """
-    if world() == 1:
-        return module
-    dropout.__class__ = SharedDropout
-    return nn.parallel.DistributedDataParallel(module)
-
-
-def own(indices):
-    """Every world()-th of the indices. A process that would have none gets the first one."""
-    share = indices[rank()::world()]
-    return share if len(share) else indices[:1]
+def wrap(module):
+    """Return `module`, or with several processes a wrapper whose backward pass averages their gradients."""
+    return nn.parallel.DistributedDataParallel(module) if world() > 1 else module
 
 
 def share(batch):
-    """Return (own indices, weight): the mean over processes of weight x mean loss is the mean loss of the batch."""
-    SharedDropout.batch = len(batch)
-    return own(batch), world() * len(batch[rank()::world()]) / len(batch)
-
-
-# -- evaluation -------------------------------------------------------------------------------------------
-
-def spread(function, indices):
-    """Compute `function(indices)`, a float32 array of one row an index, in shares; every process gets all rows."""
-    if world() == 1:
-        return function(indices)
-    computed = function(own(indices))
-    rows = torch.zeros(len(indices), computed.shape[1])
-    mine = np.arange(len(indices))[rank()::world()]
-    rows[mine] = torch.from_numpy(computed[:len(mine)])
-    return sum_up(rows).numpy()
-
-
-# -- what is reported -------------------------------------------------------------------------------------
-
-def facts():
-    """{"processes": their number} for the record, if there are several."""
-    return {"processes": world()} if world() > 1 else {}
-
-
-def describe(model, trainable):
-    """A line with the bytes that a step exchanges, if there are several processes."""
-    if world() == 1:
-        return []
-    with torch.device("meta"):
-        encoder = Bert(model.encoder.config, pooler=False)
-    everything = sum(p.numel() for module in (encoder, model.head) for p in module.parameters())
-    return [f"{world()} processes; gradients averaged in each step: {4 * trainable / 1e6:.1f} MB (full fine-tuning: "
-            f"{4 * everything / 1e6:.1f} MB)"]
+    """Return (indices, weight): the average over processes of weight x mean loss is the mean loss of the batch."""
+    own = batch[rank()::world()]
+    weight = world() * len(own) / len(batch)
+    return (own, weight) if len(own) else (batch[:1], weight)  # DistributedDataParallel waits for every process

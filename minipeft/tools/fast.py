@@ -22,6 +22,38 @@ from ..model import Compute
 from .files import UserError
 
 
+# -- frozen weights in bf16 -------------------------------------------------------------------------------
+
+def cast(linear, dtype):
+    """The weight and bias of a frozen linear layer in `dtype`, cast once and kept until one of them changes."""
+    given = [tensor for tensor in (linear.weight, linear.bias) if tensor is not None]
+    state = dtype, [(id(tensor), tensor._version) for tensor in given]
+    if linear.__dict__.get("cast_from") != state:
+        linear.__dict__["cast_to"] = [None if tensor is None else tensor.detach().to(dtype)
+                                      for tensor in (linear.weight, linear.bias)]
+        linear.__dict__["cast_from"] = state
+    return linear.__dict__["cast_to"]
+
+
+class CastOnceLinear(nn.Linear):
+    """A frozen nn.Linear under autocast that keeps its weight in bf16, 2 more bytes a weight.
+
+    Autocast casts a frozen weight anew in every forward pass. The cast values are the same, and so is every bit.
+    """
+    label = "frozen weights cast once"
+
+    @staticmethod
+    def fits(module, precision):
+        frozen = not any(parameter.requires_grad for parameter in module.parameters())
+        return precision == "bf16" and frozen and not module._forward_hooks and not module._forward_pre_hooks
+
+    def forward(self, x):
+        """(..., in_features) -> (..., out_features)"""
+        if not torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        return F.linear(x, *cast(self, torch.get_autocast_dtype("cpu")))
+
+
 # -- LoRA -------------------------------------------------------------------------------------------------
 
 class LowRankProduct(torch.autograd.Function):
@@ -60,7 +92,7 @@ class FastLoRALinear(LoRALinear):
     @staticmethod
     def fits(module, precision):
         linear = module.linear  # the twin reads its weight and does not call it
-        plain = type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+        plain = type(linear) in (nn.Linear, CastOnceLinear) and not (linear._forward_hooks or linear._forward_pre_hooks)
         frozen = not any(parameter.requires_grad for parameter in linear.parameters())
         return plain and frozen and module.dropout.p == 0
 
@@ -68,8 +100,7 @@ class FastLoRALinear(LoRALinear):
         """(..., in_features) -> (..., out_features)"""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        bias = None if self.linear.bias is None else self.linear.bias.to(dtype)
-        y = LowRankProduct.apply(x.to(dtype).flatten(0, -2), self.linear.weight.to(dtype), bias,
+        y = LowRankProduct.apply(x.to(dtype).flatten(0, -2), *cast(self.linear, dtype),
                                  self.lora_A.to(dtype), (self.scaling * self.lora_B).to(dtype))
         return y.unflatten(0, x.shape[:-1])
 
@@ -106,23 +137,30 @@ class FastAttention(Attention):
 
 # -- what to use here -------------------------------------------------------------------------------------
 
-TWINS = (FastLoRALinear, FastAttention)
+TWINS = (FastLoRALinear, FastAttention, CastOnceLinear)
 
 
-def speed_up(model, device, precision, twins=TWINS):
+def speed_up(model, compute, twins=TWINS):
     """Swap `twins` into a built model, in place, wherever their condition holds. Return the labels of those used.
 
     Call it after the technique and the head. Only for a CPU: on a GPU they were not measured.
     """
     used = []
-    for twin in twins if device == "cpu" else ():
+    for twin in twins if compute.device == "cpu" else ():
         plain = [module for module in model.modules() if type(module) is twin.__base__]
-        fitting = [module for module in plain if twin.fits(module, precision)]
+        fitting = [module for module in plain if twin.fits(module, compute.precision)]
         for module in fitting:
             module.__class__ = twin
         if fitting:
             used.append(twin.label)
     return used
+
+
+def restore(model):
+    """Undo `speed_up`: plain modules again, which merge_lora accepts."""
+    for module in model.modules():
+        if type(module) in TWINS:
+            module.__class__ = type(module).__base__
 
 
 def pad_multiple(precision, device):

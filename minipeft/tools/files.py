@@ -23,6 +23,24 @@ class UserError(Exception):
     """
 
 
+def run_program(name, main, *arguments):
+    """Call the main function of a command-line program and return its exit code. A user's mistake is one line, and a
+    reader of the output that ends, such as head, ends the program quietly."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not in a notebook
+            stream.reconfigure(errors="backslashreplace")  # a text that a terminal cannot show must not stop a run
+    try:
+        code = main(*arguments)
+        sys.stdout.flush()
+        return code or 0
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
 @contextmanager
 def atomic(path):
     """Yield a temporary path to write to; on success it is renamed to `path`, which is never half-written.

@@ -4,10 +4,13 @@ A technique is one row of TECHNIQUES here and one entry in model.py; the command
 plots loop over this table. Nothing slow is imported, so --help and option errors appear at once.
 """
 import argparse
+import copy
 import math
+import os
 import shlex
 import sys
 from dataclasses import dataclass
+from functools import cache
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,11 +32,21 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the options)\n")
 
 
+def share_cores():
+    """Let OpenMP's waiting threads give up their core early, unless the user has set this. Call it before torch.
+
+    With another busy process, a waiting thread that spins takes the core from the one it waits for
+    (benchmarks/speed.py measures both cases).
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GNU's OpenMP, which torch has on Linux
+    os.environ.setdefault("KMP_BLOCKTIME", "1")      # Intel's, in milliseconds
+
+
 def number(kind, low, high=math.inf):
-    """An argparse type: a number between low and high, both included."""
+    """An argparse type: a finite number between low and high, both included."""
     def parse_number(text):
         value = kind(text)
-        if not low <= value <= high:
+        if not low <= value <= high or math.isinf(value):
             allowed = f"between {low} and {high}" if high < math.inf else f"at least {low}"
             raise argparse.ArgumentTypeError(f"{text} is not {allowed}")
         return value
@@ -53,8 +66,6 @@ OPTIONS = {
                  "by 16 / 64 = 0.25, which keeps the best learning rate nearly the same (Hu et al., section 4.1)"),
     "alpha": dict(type=positive, metavar="X", help="the update is scaled by alpha / rank"),
     "rslora": dict(help="scale by alpha / sqrt(rank) instead"),
-    "init_from": dict(metavar="FOLDER", help="start from a LoRA that peft saved in this folder; it decides the "
-                      "targets, rank, alpha and scaling, and its head, if it has one, is left out"),
     "lora_dropout": dict(type=share, metavar="X", help="dropout on the input of the update"),
     "bottleneck": dict(type=count, metavar="M", help="width of the bottleneck"),
     "init_std": dict(type=positive, metavar="X", help="standard deviation of the adapters' initial weights"),
@@ -84,7 +95,7 @@ TECHNIQUES = {
     "lora": Technique(
         "LoRA", "low-rank updates of the linear layers (Hu et al. 2021), and the head", 5e-4, {
             "targets": LINEAR_LAYERS, "rank": 8, "alpha": 16.0, "lora_dropout": 0.0, "rslora": False,
-            "init_from": None, **ENCODER}),
+            **ENCODER}),
     "bitfit": Technique("BitFit", "the biases (Ben Zaken et al. 2021), and the head", 2e-3, ENCODER),
     "full": Technique("full fine-tuning", "everything: the reference", 2.5e-5, ENCODER),
 }
@@ -107,7 +118,7 @@ def add_common(parser):
     group.add_argument("--limit", metavar="N", type=number(int, 2), help="train on N sentences, chosen by the seed")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", metavar="N", type=number(int, 0), default=3,
+    group.add_argument("--epochs", metavar="N", type=count, default=3,
                        help="passes over the training set (default: 3)")
     group.add_argument("--batch-size", metavar="N", type=count, default=32, help="sentences a step (default: 32)")
     group.add_argument("--warmup", metavar="X", type=share, default=0.1,
@@ -149,8 +160,10 @@ def add_run(parser, technique):
     group.add_argument("--eval-every", metavar="EPOCHS", type=count, default=1,
                        help="how often to measure dev; the last epoch always is (default: 1)")
     existing = group.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="resume an unfinished run")
+    existing.add_argument("--resume", action="store_true", help="resume an unfinished run; the other options are those "
+                          "it began with")
     existing.add_argument("--overwrite", action="store_true", help="replace an existing run")
+    group.add_argument("--no-texts", action="store_true", help="print no text of the data, such as wrong predictions")
     if technique.options:
         group = parser.add_argument_group(technique.label)
     for name, default in technique.options.items():
@@ -176,9 +189,14 @@ def make_parser():
     return parser
 
 
+@cache
+def default_settings(technique):
+    return vars(make_parser().parse_args([technique]))
+
+
 def defaults(technique):
     """The settings of a technique when its command line has no option, as a dict."""
-    return vars(make_parser().parse_args([technique]))
+    return copy.deepcopy(default_settings(technique))
 
 
 def parse(arguments):
@@ -193,10 +211,23 @@ def parse(arguments):
         parser.error("--test needs --data, with the same labels, to train on")
     if not settings.test and settings.fold is None:
         settings.fold = 0
+    settings.given = [word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")]
     if settings.out is None:
         repeat = f"seed{settings.seed}" if settings.test else f"fold{settings.fold}"
         settings.out = f"runs/{settings.technique}-{repeat}"
     return settings
+
+
+# Settings that do not decide the outcome, or whose resolved value is stored with the machine.
+UNRECORDED = ("given", "out", "resume", "overwrite", "save_every", "eval_every", "no_texts", "device", "precision")
+
+
+def recorded(settings):
+    """The settings that decide the outcome, as a dict; those without a value are left out."""
+    return {name: value for name, value in vars(settings).items() if name not in UNRECORDED and value is not None}
+
+
+UNSAID = ("given", "out", "resume", "overwrite", "no_texts")  # what the command of a record leaves out
 
 
 def command(settings):
@@ -204,9 +235,8 @@ def command(settings):
     except the learning rate, whose default may change with a new search."""
     words, default = ["python", "train.py", settings.technique], defaults(settings.technique)
     for name, value in vars(settings).items():
-        needless = value == default[name] and name != "lr"
-        if needless or name in ("out", "resume", "overwrite") or isinstance(value, dict):
-            continue  # a dict is what --init-from found
+        if name in UNSAID or name != "lr" and value == default[name]:
+            continue
         words.append("--" + name.replace("_", "-"))
         if isinstance(value, list):
             words += value

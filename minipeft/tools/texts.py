@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data import Corpus, tokenize
+from ..data import Corpus, load_tokenizer, split, tokenize
+from . import download
 from .files import UserError, sha256
 
 CHUNK = 1000  # sentences read and tokenised at a time
@@ -246,3 +247,30 @@ def read_corpus(files, tokenizer, text_column=None, label_column=None):
     check_labels(corpus)
     corpus.keep(find_usable(corpus, np.array(exact)))
     return corpus
+
+
+def check_files(settings):
+    """UserError if a file of the user's does not exist."""
+    for path in filter(None, (settings.test, settings.data)):
+        read_file(path)
+
+
+def load_data(settings, weights, config):
+    """Read, tokenise and split the data of `settings`: (corpus, train, dev, test), the last three arrays of indices."""
+    tokenizer = load_tokenizer(weights, settings.max_length)
+    if settings.max_length > config.max_position_embeddings:
+        raise UserError(f"--max-length {settings.max_length}: this encoder takes at most "
+                        f"{config.max_position_embeddings} tokens")
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise UserError(f"{weights}: tokenizer.json has {tokenizer.get_vocab_size():,} tokens and the encoder only "
+                        f"{config.vocab_size:,}: they do not belong together")
+    files = [settings.data or download.fetch_data()]
+    if settings.test:
+        files.insert(0, settings.test)
+    corpus = read_corpus(files, tokenizer, settings.text_column, settings.label_column)
+    train_set, dev_set, test_set = split(corpus, settings.fold)
+    if settings.limit:
+        train_set = np.sort(np.random.default_rng(settings.seed).permutation(train_set)[:settings.limit])
+        if len(np.unique(corpus.labels[train_set])) < len(corpus.classes):
+            raise UserError(f"--limit {settings.limit} leaves a class without a training sentence; take more")
+    return corpus, train_set, dev_set, test_set
