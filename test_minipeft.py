@@ -8,6 +8,7 @@ import csv
 import functools
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -44,7 +46,7 @@ from benchmarks import parity
 from minipeft import __main__ as command_line, adapter, bert, data, head, lora, model as models
 from minipeft.adapter import (
     Adapter, AdapterLinear, TrainedNorm, adapter_state, add_adapters, load_adapters, remove_adapters)
-from minipeft.bert import Attention, Bert, BertConfig, Block, hugging_face_name, load_bert, read_config, save_bert
+from minipeft.bert import Attention, Bert, BertConfig, Block, hugging_face_name, load_bert, load_pooler, read_config
 from minipeft.head import Classifier, freeze, pool, train_biases
 from minipeft.lab import analysis, explain, figures, memory, plots, rates, runs, stats, studies
 from minipeft.lab.plots import Cost, Memory, Point
@@ -53,7 +55,9 @@ from minipeft.lora import LoRALinear, add_lora, load_lora, lora_state, merge_lor
 from minipeft.model import APPLY, Compute, build, describe, predict
 from minipeft.tools import checkpoint, download, export as interop, fast, files, settings as options, texts
 from minipeft.tools.checkpoint import open_run
+from minipeft.tools.export import save_bert
 from minipeft.tools.files import UserError, read_json, read_safetensors, write_json
+from minipeft.tools.metrics import confusion, confusions, macro_f1, matthews, summary, wilson
 
 ROOT = Path(__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"  # for child processes; more threads are slower on tiny models
@@ -281,17 +285,6 @@ def test_other_checkpoints_names_are_understood(tiny, tmp_path):
         assert no_pooler.pooler is None and torch.equal(no_pooler(random_ids()), expected)
         half = load_bert(rewrite(tiny, tmp_path / "half", lambda t: {k: v.half() for k, v in t.items()}))
         assert half.layers[0].attention.query.weight.dtype == torch.float32
-
-
-def test_a_saved_encoder_has_hugging_face_s_names_and_loads_to_the_same_bits(tiny, tmp_path):
-    encoder = load_bert(tiny)
-    save_bert(encoder, tmp_path / "copy")
-    assert load_file(tmp_path / "copy" / "model.safetensors").keys() == load_file(tiny / "model.safetensors").keys()
-    assert same_bits(bits(load_bert(tmp_path / "copy")), bits(encoder))
-    add_lora(encoder)
-    with pytest.raises(ValueError, match="call merge_lora or remove_adapters first"):
-        save_bert(encoder, tmp_path / "wrapped")
-    assert not (tmp_path / "wrapped").exists()
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_with_the_whole_list(tiny, tmp_path):
@@ -1644,10 +1637,23 @@ def test_other_base_weights_are_refused(finished_run, tiny, tmp_path):
     checkpoint.open_run(finished_run, shutil.copytree(tiny, tmp_path / "moved"))  # hashes decide, not paths
 
 
+def test_a_run_with_weights_from_a_relative_path_is_used_in_any_folder(make_settings, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.parent)
+    settings = make_settings("head", "--weights", tiny.name, "--epochs", 1)
+    train.run(settings)
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.open_run(settings.out)[2] == tiny.resolve()
+    settings.weights, nothing = "some/model", SimpleNamespace(files=[], classes=[])  # a name on the Hub stays
+    record = checkpoint.start_record("", settings, Compute(), tiny, nothing, {}, {})
+    assert record["settings"]["weights"] == "some/model"
+
+
+PREDICT = [sys.executable, "-m", "minipeft", "predict"]
+
+
 def test_classifying_from_the_shell(finished_run, capsys):
-    given = subprocess.run([sys.executable, "-m", "minipeft", "predict", str(finished_run)], cwd=ROOT,
-                           check=True, text=True,
-                           capture_output=True, input="a good warm film\n\na bad dull plot\n").stdout.splitlines()
+    given = subprocess.run([*PREDICT, str(finished_run)], cwd=ROOT, check=True, text=True, capture_output=True,
+                           input="a good warm film\r\n\na bad dull plot").stdout.splitlines()
     assert command_line.main(["predict", str(finished_run), "a good warm film", "a bad dull plot"]) == 0
     lines = capsys.readouterr().out.splitlines()[-2:]
     assert [line.split("\t")[0] for line in lines] == ["good", "bad"]
@@ -1657,6 +1663,96 @@ def test_classifying_from_the_shell(finished_run, capsys):
     assert error.count("\n") == 1 and "no finished run" in error
 
 
+def test_a_program_gets_the_answer_to_a_line_before_it_writes_the_next(finished_run):
+    with subprocess.Popen([*PREDICT, str(finished_run)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          encoding="utf-8", bufsize=1) as process:
+        guard = threading.Timer(300, process.kill)  # instead of waiting for ever
+        guard.start()
+        for text, label in (("a good warm film", "good"), ("a bad dull plot", "bad")):
+            process.stdin.write(text + "\n")
+            answer = process.stdout.readline().split("\t")
+            assert (answer[0], answer[2]) == (label, text + "\n")
+        process.stdin.close()
+        assert process.wait() == 0
+        guard.cancel()
+
+
+def test_a_terminal_shows_a_prompt_and_other_encodings_are_one_clear_line(finished_run, capsys, monkeypatch):
+    def given(content, terminal):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: terminal, buffer=io.BytesIO(content)))
+        capsys.readouterr()
+        return command_line.main(["predict", str(finished_run)]), *capsys.readouterr()
+    code, out, error = given(b"a good warm film\n", True)
+    assert code == 0 and out.startswith("good\t") and error.count("> ") == 2
+    code, out, error = given(b"caf\xe9\n", False)
+    assert (code, out, error.count("\n")) == (2, "", 1) and "not UTF-8" in error
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["predict", None, "a good warm film"]])
+def test_output_that_nobody_reads_ends_without_a_message(finished_run, arguments):
+    words = [str(word or finished_run) for word in arguments]
+    with subprocess.Popen([sys.executable, "-m", "minipeft", *words], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_the_output_of_a_notebook_is_written_to_as_it_is(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["minipeft", "--help"])
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("minipeft", run_name="__main__")
+    assert stop.value.code == 0 and "predict" in sys.stdout.getvalue()
+
+
+def test_a_csv_file_is_classified_with_probabilities(finished_run, tmp_path, capsys):
+    run, path = finished_run, tmp_path / "in.csv"
+    capsys.readouterr()  # what training prints
+    path.write_text('id,text\n1,"a good, warm film"\n2,"dull\nand slow"\n', encoding="utf-8-sig")
+    assert command_line.main(["predict", str(run), "--csv", str(path)]) == 0
+    header, *rows = csv.reader(capsys.readouterr().out.splitlines(keepends=True))
+    assert header == ["id", "text", "prediction", "p(bad)", "p(good)"] and [row[0] for row in rows] == ["1", "2"]
+    assert rows[1][1] == "dull\nand slow"
+    for row in rows:
+        assert row[2] == ("good" if float(row[4]) > 0.5 else "bad") and abs(float(row[3]) + float(row[4]) - 1) < 2e-4
+    path.write_text(f"id,text\n1,{'long ' * 30000}\n")  # beyond the csv module's limit for a field
+    assert command_line.main(["predict", str(run), "--csv", str(path)]) == 0 and "texts cut" in capsys.readouterr().err
+    wrong = {"id,review\n1,x\n": "no column 'text'", "id,text\n1,a,b\n": "line 2: 3 columns", "": "is empty"}
+    for content, part in wrong.items():
+        path.write_text(content)
+        assert command_line.main(["predict", str(run), "--csv", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and part in error
+
+
+def test_evaluating_a_run_on_its_test_sentences_gives_the_numbers_of_its_record(
+        finished_run, reviews, tmp_path, capsys):
+    record, path = checkpoint.read_record(finished_run / "run.json"), tmp_path / "new.csv"
+    rows = reviews.read_text().splitlines()
+    lines = [rows[line - 1] for line in record["test"]["lines"]]
+    path.write_text("\n".join(["text,label", *lines, " ,good"]))
+    capsys.readouterr()
+    assert command_line.main(["evaluate", str(finished_run), str(path)]) == 0
+    out = capsys.readouterr().out
+    counts = np.array([line.split()[1:] for line in out.splitlines()[-2:]], int)  # the table of confusions
+    assert counts.sum(1).tolist() == [sum(line.endswith(label) for line in lines) for label in ("bad", "good")]
+    assert np.trace(counts) / counts.sum() == record["metrics"]["test_accuracy"]
+    assert f"loss {record['metrics']['test_loss']:.3f}" in out and "without text: 1" in out
+    assert "warning" not in out and command_line.main(["evaluate", str(finished_run), str(reviews)]) == 0
+    assert "was trained on" in capsys.readouterr().out
+    for content, part in (("text,label\nfine,good\nwarm,Good\n", "line 3: the label 'Good' is none of"),
+                          ("text,label\nfine,good\nwarm,\n", "line 3: a text without a label"),
+                          ("text,label\n", "holds no sentences"), ("review,label\nfine,good\n", "--text-column")):
+        path.write_text(content)
+        if part == "--text-column":
+            assert command_line.main(["evaluate", str(finished_run), str(path), "--text-column", "review"]) == 0
+            continue
+        assert command_line.main(["evaluate", str(finished_run), str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and part in error
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 @pytest.mark.parametrize("damage", [truncated, over_long_header, lambda content: b"", lambda content: b"[]"])
 def test_damaged_weights_are_one_clear_line(tiny, tmp_path, make_settings, capsys, name, damage):
@@ -1664,6 +1760,45 @@ def test_damaged_weights_are_one_clear_line(tiny, tmp_path, make_settings, capsy
         shutil.copy(file, tmp_path / file.name)
     (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
     refused(make_settings("lora", "--weights", tmp_path), capsys, name)
+
+
+# -- tools/metrics.py -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("right, total, printed", [(81, 263, (.2553, .3662)), (15, 148, (.0624, .1605)),
+                                                   (0, 20, (.0, .1611)), (1, 29, (.0061, .1718)), (1, 1, (.2065, 1))])
+def test_the_interval_of_a_proportion_agrees_with_a_printed_table(right, total, printed):
+    assert wilson(right, total) == pytest.approx(printed, abs=6e-5)  # Newcombe 1998, table I, method 3
+
+
+def test_macro_f1_and_the_correlation_by_hand():
+    labels, predictions = np.repeat([0, 0, 1, 1], [50, 10, 5, 35]), np.repeat([0, 1, 0, 1], [50, 10, 5, 35])
+    counts = confusion(labels, predictions, 2)
+    assert counts.tolist() == [[50, 10], [5, 35]]
+    assert macro_f1(counts) == pytest.approx((100 / 115 + 70 / 85) / 2)
+    assert matthews(counts) == pytest.approx(np.corrcoef(labels, predictions)[0, 1])
+    assert macro_f1(confusion(labels, predictions, 3)) == macro_f1(counts)  # a class that does not occur
+    assert matthews(confusion(labels, np.zeros_like(labels), 2)) == 0  # one constant answer
+    assert matthews(np.diag([3, 2, 5])) == 1
+
+
+def test_the_summary_is_honest_about_few_sentences_and_a_large_class():
+    one, _ = summary(np.array([[0.0, 3.0]]), np.array([1]), ["bad", "good"])
+    assert one == "accuracy 100.0% on 1 sentence [20.7, 100.0] (95% interval), largest class 100.0% (good)"
+    ham, numbers = summary(np.tile([1.0, 0.0], (1000, 1)), np.arange(1000) % 5 // 4, ["ham", "spam"])
+    assert ham == "accuracy 80.0% on 1,000 sentences [77.4, 82.4] (95% interval), largest class 80.0% (ham)"
+    assert numbers == "loss 0.513, macro-F1 0.444, Matthews correlation 0.000"
+    _, three = summary(np.eye(3), np.arange(3), ["a", "b", "c"])
+    assert three == "loss 0.551, macro-F1 1.000"
+
+
+@pytest.mark.parametrize("classes, row", [
+    (["bad", "a class of a long name"], "bad 1 4"), ([str(number) for number in range(77)], "3 0 1")])
+def test_confusions_are_a_table_or_the_most_frequent_ones_within_100_columns(classes, row):
+    labels = np.repeat(np.arange(len(classes)), 5)
+    logits = np.eye(len(classes))[labels]
+    logits[:3, 1] = logits[4, -1] = 2
+    shown = confusions(logits, labels, classes)
+    assert max(map(len, shown)) <= 100 and [line.split() for line in shown].count(row.split()) == 1
 
 
 # -- tools/files.py ---------------------------------------------------------------------------------------
@@ -1761,7 +1896,7 @@ def test_weights_may_be_a_folder_or_a_name_on_the_hub(elsewhere, tiny, monkeypat
     with user_error("config.json could not be read"):
         download.hash_weights(folder)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with user_error("some/model: not a folder", "(OSError: no network here). By hand"):
+    with user_error("some/model: not a folder", "OSError: no network here). By hand", "weights/README.md"):
         download.find_weights("some/model")
 
 
@@ -2002,27 +2137,15 @@ def finished_runs(tiny, reviews, tmp_path_factory):
     return finish
 
 
-def peft_folder(tiny, folder, config=None, layers=("query", "value"), rank=4, prefix="", head=False, change=None):
-    """A folder as peft writes it, with random tensors for layers that end in these names."""
-    folder.mkdir()
-    torch.manual_seed(0)
-    usual = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": list(layers), "bias": "none",
-             "task_type": "SEQ_CLS" if head else None, "megatron_core": "megatron.core", "qalora_group_size": 16,
-             "use_dora": False, "loftq_config": {}, "layer_replication": None, "peft_version": "0.21.2"}
-    tensors = {}
-    for theirs, ours in interop.names(load_bert(tiny), nn.Linear).items():
-        if ours.endswith(tuple(layers)):
-            outputs, inputs = load_bert(tiny).get_submodule(ours).weight.shape
-            tensors[f"base_model.model.{prefix}{theirs}.lora_A.weight"] = torch.randn(rank, inputs)
-            tensors[f"base_model.model.{prefix}{theirs}.lora_B.weight"] = torch.randn(outputs, rank)
-    if head:
-        tensors |= {"base_model.model.classifier.weight": torch.randn(3, 32),
-                    "base_model.model.classifier.bias": torch.randn(3)}
-    if change:
-        change(tensors)
-    (folder / "adapter_config.json").write_text(json.dumps(usual | (config or {})))
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    return folder
+def test_a_saved_encoder_has_hugging_face_s_names_and_loads_to_the_same_bits(tiny, tmp_path):
+    encoder = load_bert(tiny)
+    save_bert(encoder, tmp_path / "copy")
+    assert load_file(tmp_path / "copy" / "model.safetensors").keys() == load_file(tiny / "model.safetensors").keys()
+    assert same_bits(bits(load_bert(tmp_path / "copy")), bits(encoder))
+    add_lora(encoder)
+    with pytest.raises(ValueError, match="call merge_lora or remove_adapters first"):
+        save_bert(encoder, tmp_path / "wrapped")
+    assert not (tmp_path / "wrapped").exists()
 
 
 def refusal(function, *arguments):
@@ -2032,30 +2155,12 @@ def refusal(function, *arguments):
     return str(error.value)
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_a_lora_run_exported_for_peft_and_imported_is_the_same_run(finished_runs, tiny, tmp_path, capsys, pooling):
-    run = finished_runs("lora", pooling, "--rank", "3", "--rslora", "--top-layers", "1")
-    assert command_line.main(["export", str(run), str(tmp_path / "peft"), "--to", "peft"]) == 0
-    assert command_line.main(["import", str(tmp_path / "peft"), str(tmp_path / "back"), "--weights", str(tiny)]) == 0
-    one, before, _ = checkpoint.open_run(run)
-    other, after, _ = checkpoint.open_run(tmp_path / "back")
-    assert same_bits(bits(one), bits(other)) and after["classes"] == before["classes"] == ["bad", "good"]
-    assert after["settings"]["max_length"] == 40
-    capsys.readouterr()
-    for folder in (run, tmp_path / "back"):
-        command_line.main(["predict", str(folder), "a good warm film", "dull and slow"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == lines[2:]
-    interop.export(tmp_path / "back", tmp_path / "again", "peft")
-    assert same_bits(*(load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again")))
-
-
 def test_the_files_for_peft_have_its_names_shapes_and_keys(finished_runs, tmp_path):
     run = finished_runs("lora", "cls", "--rank", "3", "--rslora", "--top-layers", "1")
     interop.export(run, tmp_path / "peft", "peft")
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert list(config) == sorted(config) and config["task_type"] == "SEQ_CLS" and config["use_rslora"] is True
-    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (3, 16, {})
+    assert (config["r"], config["lora_alpha"]) == (3, 16)
     assert set(config["modules_to_save"]) == {"classifier", "pooler", "score"}
     tensors, about = read_safetensors(tmp_path / "peft" / "adapter_model.safetensors")
     assert about["format"] == "pt" and len(tensors) == 6 * 2 + 4
@@ -2073,7 +2178,8 @@ def test_a_run_exported_for_transformers_is_a_checkpoint(finished_runs, tmp_path
     interop.export(run, folder, "transformers")
     model, _, weights = checkpoint.open_run(run)
     config = json.loads((folder / "config.json").read_text())
-    assert config["id2label"] == {"0": "bad", "1": "good"} and config["hidden_dropout_prob"] == 0
+    assert config.get("id2label") == ({"0": "bad", "1": "good"} if pooling == "cls" else None)
+    assert config["model_type"] == "bert" and config["hidden_dropout_prob"] == 0
     assert config["architectures"] == ["BertForSequenceClassification" if pooling == "cls" else "BertModel"]
     tensors = load_file(folder / "model.safetensors")
     encoder, ids = load_bert(folder), random_ids()
@@ -2081,12 +2187,36 @@ def test_a_run_exported_for_transformers_is_a_checkpoint(finished_runs, tmp_path
     assert (folder / "tokenizer.json").read_bytes() == (weights / "tokenizer.json").read_bytes()
     if pooling == "cls":
         assert all(name.startswith(("bert.", "classifier.")) for name in tensors)
-        assert not (folder / "head.safetensors").exists()
-        head = {"dense.weight": encoder.pooler.weight, "classifier.weight": tensors["classifier.weight"]}
+        assert not (folder / "head.safetensors").exists() and not (folder / "README.md").exists()
+        head = {"dense.weight": load_pooler(folder).weight, "classifier.weight": tensors["classifier.weight"]}
     else:
-        assert torch.equal(encoder.pooler.weight, load_bert(weights).pooler.weight)
+        assert torch.equal(load_pooler(folder).weight, load_pooler(weights).weight)
         head = load_file(folder / "head.safetensors")
     assert all(torch.equal(tensor, model.head.state_dict()[name]) for name, tensor in head.items())
+
+
+@pytest.mark.parametrize("technique, more, to, lines", [
+    ("head", [], "transformers", 8), ("lora", [], "peft", 10), ("adapter", ["--norms"], "adapters", 11)])
+def test_a_head_that_the_library_has_no_place_for_comes_with_the_lines_that_use_it(
+        finished_runs, tmp_path, capsys, technique, more, to, lines):  # which benchmarks/parity.py runs
+    run = finished_runs(technique, "mean", *more)
+    capsys.readouterr()
+    assert command_line.main(["export", str(run), str(tmp_path / "out"), "--to", to]) == 0
+    assert "the head is in head.safetensors" in capsys.readouterr().out
+    block, = blocks((tmp_path / "out" / "README.md").read_text(), "python")
+    compile(block, "README.md", "exec")
+    assert len(block.splitlines()) == lines
+
+
+def test_special_tokens_are_those_of_the_tokenizer_whatever_they_are_called(tiny, tmp_path):
+    theirs = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
+    assert interop.special_tokens(tiny) == theirs
+    content = json.loads((tiny / "tokenizer.json").read_text()) | {"padding": None}
+    text = json.dumps(content)
+    for token in theirs.values():
+        text = text.replace(token, f"<{token[1]}>")
+    (tmp_path / "tokenizer.json").write_text(text)
+    assert interop.special_tokens(tmp_path) == {key: f"<{token[1]}>" for key, token in theirs.items()}
 
 
 def test_adapters_are_exported_for_adapterhub_and_refused_elsewhere(finished_runs, tmp_path):
@@ -2104,149 +2234,6 @@ def test_adapters_are_exported_for_adapterhub_and_refused_elsewhere(finished_run
     assert "no trained norms" in refusal(interop.export, finished_runs("adapter", "mean"), tmp_path / "no", "adapters")
     assert "no trained norms" in refusal(interop.export, finished_runs("lora", "mean"), tmp_path / "no", "adapters")
     assert not (tmp_path / "no").exists()
-
-
-LAYERS = [f"layers.{i}.attention.{name}" for i in (0, 1) for name in ("query", "value")]
-
-
-@pytest.mark.parametrize("config, prefix, scaling", [
-    ({}, "", [2, 2, 2, 2]),
-    ({"use_rslora": True}, "", [4, 4, 4, 4]),
-    ({"target_modules": r".*\.self\.(query|value)"}, "bert.", [2, 2, 2, 2]),
-    ({"target_modules": ["self.query", "encoder.layer.0.attention.self.value", "layer.1.attention.self.value"]}, "",
-     [2, 2, 2, 2]),
-    ({"alpha_pattern": {"value": 2, r"^encoder.layer.1.*query": 20}}, "", [2, 0.5, 5, 0.5]),
-    ({"r": 7, "rank_pattern": {r"layer\.\d\.attention\.self\.\w+": 4}}, "", [2, 2, 2, 2]),
-])
-def test_targets_patterns_and_rank_stabilised_scaling_of_peft_are_honoured(tiny, tmp_path, config, prefix, scaling):
-    folder = peft_folder(tiny, tmp_path / "peft", config, prefix=prefix, head=bool(prefix))
-    encoder, settings = load_bert(tiny), options.parse(["lora", "--init-from", str(folder)])
-    interop.start_lora(encoder, settings)
-    found = {name: module for name, module in encoder.named_modules() if isinstance(module, LoRALinear)}
-    assert list(found) == LAYERS and [module.scaling for module in found.values()] == scaling
-    tensors, x = load_file(folder / "adapter_model.safetensors"), torch.randn(5, 32)
-    for name, module in found.items():  # W0 x + b0 + scaling B A x, with the tensors of the file
-        base = f"base_model.model.{prefix}{hugging_face_name(name + '.weight').removesuffix('.weight')}"
-        A, B = tensors[f"{base}.lora_A.weight"], tensors[f"{base}.lora_B.weight"]
-        torch.testing.assert_close(module(x), module.linear(x) + module.scaling * x @ A.T @ B.T, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("config, parts", [
-    ({"use_dora": True}, ["use_dora = True"]),
-    ({"bias": "lora_only", "layer_replication": [[0, 2]]}, ["bias = 'lora_only'", "layer_replication"]),
-    ({"init_lora_weights": "pissa"}, ["init_lora_weights = 'pissa'"]),
-    ({"modules_to_save": ["embeddings"], "task_type": "CAUSAL_LM"}, ["modules_to_save", "task_type"]),
-    ({"peft_type": "IA3"}, ["peft_type = 'IA3'"]),
-    ({"some_new_option": 1}, ["some_new_option = 1"]),
-    ({"exclude_modules": ["value"]}, ["exclude_modules"]),
-    ({"rank_pattern": [4], "use_rslora": "yes", "target_modules": 3}, ["rank_pattern", "use_rslora", "target_modules"]),
-    ({"r": 10**9}, ["rank 1000000000"]),
-    ({"r": 2.5}, ["rank 2.5"]),
-    ({"lora_alpha": float("inf")}, ["alpha inf"]),
-    ({"target_modules": ["nothing"]}, ["names no linear layer"]),
-    ({"target_modules": "(a+)+b"}, ["too complex"]),
-    ({"alpha_pattern": {"(x*)*": 1}}, ["too complex"]),
-    ({"rank_pattern": {"(e|e)(n|n)" * 15: 1}}, ["too complex"]),
-    ({"rank_pattern": {"e?" * 30 + "e" * 30: 1}}, ["too complex"]),
-    ({"target_modules": "(query"}, ["unterminated subpattern"]),
-])
-def test_what_is_not_understood_in_a_config_is_refused_by_name(tiny, tmp_path, config, parts):
-    message = refusal(interop.read_peft, peft_folder(tiny, tmp_path / "peft", config), load_bert(tiny))
-    assert all(part in message for part in parts), message
-
-
-def test_wrong_tensors_are_one_error_that_lists_all(tiny, tmp_path):
-    def change(tensors):
-        names = list(tensors)
-        tensors[names[0].replace("query", "quary")] = tensors.pop(names[0])
-        tensors[names[1]] = torch.zeros(3, 3)
-        tensors[names[2]] = torch.full_like(tensors[names[2]], math.nan)
-        tensors["base_model.model.encoder.layer.0.attention.self.query.lora_magnitude_vector"] = torch.ones(32)
-    message = refusal(interop.read_peft, peft_folder(tiny, tmp_path / "peft", change=change), load_bert(tiny))
-    for part in ("missing base_model", "unexpected", "quary", "(3, 3)", "not finite", "lora_magnitude_vector"):
-        assert part in message, message
-
-
-def test_files_from_elsewhere_are_not_trusted(tiny, tmp_path):
-    encoder = load_bert(tiny)
-
-    def changed(name, **options):
-        return peft_folder(tiny, tmp_path / name, **options)
-    folder = changed("pickled")
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    assert "adapter_model.safetensors could not be read" in refusal(interop.read_peft, folder, encoder)
-    folder = changed("deep")
-    (folder / "adapter_config.json").write_text("[" * 100_000)
-    assert "damaged" in refusal(interop.read_peft, folder, encoder)
-    folder = changed("long")
-    (folder / "adapter_config.json").write_text(" " * 2_000_000)
-    assert "not read" in refusal(interop.read_peft, folder, encoder)
-    folder = changed("large", change=lambda tensors: tensors.update(more=torch.zeros(50_000_000, dtype=torch.uint8)))
-    assert "not read" in refusal(interop.read_peft, folder, encoder)
-    for damage in (truncated, over_long_header):
-        folder = changed(damage.__name__)
-        path = folder / "adapter_model.safetensors"
-        path.write_bytes(damage(path.read_bytes()))
-        assert "damaged" in refusal(interop.read_peft, folder, encoder)
-    folder = changed("elsewhere", config={"base_model_name_or_path": "/nowhere/at/all"})  # named, never opened
-    assert interop.read_peft(folder, encoder).layers
-
-
-def test_a_sequence_classifier_of_peft_becomes_a_run_with_the_pooler_of_the_base(tiny, tmp_path):
-    folder = peft_folder(tiny, tmp_path / "peft", prefix="bert.", head=True)
-    interop.import_run(folder, tmp_path / "run", tiny, ["a", "b", "c"])
-    model, record, _ = checkpoint.open_run(tmp_path / "run")
-    assert record["classes"] == ["a", "b", "c"] and record["settings"]["pooling"] == "cls"
-    assert torch.equal(model.head.dense.weight, load_bert(tiny).pooler.weight)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    assert torch.equal(model.head.classifier.bias, tensors["base_model.model.classifier.bias"])
-    for given in (["a", "b"], ["a", "b", "c", "a"]):
-        assert "3 outputs" in refusal(interop.import_run, folder, tmp_path / "other", tiny, given)
-    folder = peft_folder(tiny, tmp_path / "encoder")
-    assert "--init-from" in refusal(interop.import_run, folder, tmp_path / "none", tiny)
-
-
-def test_training_starts_from_a_lora_of_peft_and_the_run_needs_its_folder_no_more(
-        make_settings, tiny, tmp_path, capsys):
-    folder = peft_folder(tiny, tmp_path / "peft", {"alpha_pattern": {"value": 2}})
-    settings = make_settings("lora", "--init-from", folder, "--limit", 60)
-    started = build(settings, 2, tiny)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    A = tensors["base_model.model.encoder.layer.1.attention.self.value.lora_A.weight"]
-    assert torch.equal(started.encoder.layers[1].attention.value.lora_A, A)
-    record = train.run(make_settings("lora", "--init-from", folder, "--limit", 60))
-    assert record["command"].count("--init-from") == 1 and "--targets" not in record["command"]
-    assert train.run(make_settings("lora", "--init-from", folder, "--limit", 60, "--resume")) == record
-    shutil.rmtree(folder)
-    model, _, _ = checkpoint.open_run(settings.out)
-    layer = model.encoder.layers[1].attention.value
-    assert layer.scaling == 0.5 and not torch.equal(layer.lora_A, A)
-    assert train.main(make_settings("lora", "--init-from", folder, out="other")) == 2
-    peft_folder(tiny, folder)
-    assert train.main(make_settings("lora", "--init-from", folder, "--rank", 16, "--top-layers", 1, out="other")) == 2
-    assert train.main(make_settings("lora", "--init-from", folder, "--rank", 16, out="other")) == 2
-    parts, errors = ("could not be read", "--top-layers", "--rank: --init-from decides"), capsys.readouterr().err
-    assert all(part in error for part, error in zip(parts, errors.splitlines(), strict=True)), errors
-
-
-def test_a_csv_file_is_classified_with_probabilities(finished_runs, tmp_path, capsys):
-    run, path = finished_runs("lora", "mean"), tmp_path / "in.csv"
-    capsys.readouterr()  # what training prints
-    path.write_text('id,text\n1,"a good, warm film"\n2,"dull\nand slow"\n', encoding="utf-8-sig")
-    assert command_line.main(["predict", str(run), "--csv", str(path)]) == 0
-    header, *rows = csv.reader(capsys.readouterr().out.splitlines(keepends=True))
-    assert header == ["id", "text", "prediction", "p(bad)", "p(good)"] and [row[0] for row in rows] == ["1", "2"]
-    assert rows[1][1] == "dull\nand slow"
-    for row in rows:
-        assert row[2] == ("good" if float(row[4]) > 0.5 else "bad") and abs(float(row[3]) + float(row[4]) - 1) < 2e-4
-    path.write_text(f"id,text\n1,{'long ' * 30000}\n")  # beyond the csv module's limit for a field
-    assert command_line.main(["predict", str(run), "--csv", str(path)]) == 0 and "texts cut" in capsys.readouterr().err
-    wrong = {"id,review\n1,x\n": "no column 'text'", "id,text\n1,a,b\n": "line 2: 3 columns", "": "is empty"}
-    for content, part in wrong.items():
-        path.write_text(content)
-        assert command_line.main(["predict", str(run), "--csv", str(path)]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and part in error
 
 
 # -- one import, copied files, other checkpoints ----------------------------------------------------------

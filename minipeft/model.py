@@ -12,20 +12,14 @@ from .lora import add_lora
 from .tools.files import UserError, progress_bar
 
 
-def apply_lora(encoder, settings):
-    if settings.init_from:
-        from .tools.export import start_lora  # start from a LoRA that peft saved; interop imports this file
-        return start_lora(encoder, settings)
-    return add_lora(encoder, settings.targets, settings.rank, settings.alpha, settings.lora_dropout, settings.rslora)
-
-
 # Each technique changes the encoder, or the blocks of it that `--top-layers` names, in place. Before that,
 # everything is frozen; the head is made afterwards.
 APPLY = {
     "head": lambda encoder, settings: None,
     "adapter": lambda encoder, settings: add_adapters(
         encoder, settings.targets, settings.bottleneck, settings.init_std, settings.norms),
-    "lora": apply_lora,
+    "lora": lambda encoder, settings: add_lora(
+        encoder, settings.targets, settings.rank, settings.alpha, settings.lora_dropout, settings.rslora),
     "bitfit": lambda encoder, settings: train_biases(encoder),
     "full": lambda encoder, settings: encoder.requires_grad_(True),
 }

@@ -53,8 +53,6 @@ OPTIONS = {
                  "by 16 / 64 = 0.25, which keeps the best learning rate nearly the same (Hu et al., section 4.1)"),
     "alpha": dict(type=positive, metavar="X", help="the update is scaled by alpha / rank"),
     "rslora": dict(help="scale by alpha / sqrt(rank) instead"),
-    "init_from": dict(metavar="FOLDER", help="start from a LoRA that peft saved in this folder; it decides the "
-                      "targets, rank, alpha and scaling, and its head, if it has one, is left out"),
     "lora_dropout": dict(type=share, metavar="X", help="dropout on the input of the update"),
     "bottleneck": dict(type=count, metavar="M", help="width of the bottleneck"),
     "init_std": dict(type=positive, metavar="X", help="standard deviation of the adapters' initial weights"),
@@ -84,13 +82,19 @@ TECHNIQUES = {
     "lora": Technique(
         "LoRA", "low-rank updates of the linear layers (Hu et al. 2021), and the head", 5e-4, {
             "targets": LINEAR_LAYERS, "rank": 8, "alpha": 16.0, "lora_dropout": 0.0, "rslora": False,
-            "init_from": None, **ENCODER}),
+            **ENCODER}),
     "bitfit": Technique("BitFit", "the biases (Ben Zaken et al. 2021), and the head", 2e-3, ENCODER),
     "full": Technique("full fine-tuning", "everything: the reference", 2.5e-5, ENCODER),
 }
 
 
 # -- command line -----------------------------------------------------------------------------------------
+
+EXPORT = (
+    "lora can be exported to peft; head, lora, bitfit and full, merged, to transformers; adapter, trained with an "
+    "empty --norms, to AdapterHub's adapters. peft and transformers have a place for the head only if it was trained "
+    "with --pooling cls: then they open the whole classifier. Any other head is a file beside the encoder.")
+
 
 def add_common(parser):
     """Add the options that every run of a comparison shares: data, training, machine."""
@@ -168,6 +172,7 @@ def make_parser():
     choices = parser.add_subparsers(dest="technique", metavar="TECHNIQUE", required=True, title="what is trained")
     for name, technique in TECHNIQUES.items():
         chosen = choices.add_parser(name, help=technique.help, description=f"Train {technique.help}.",
+                                    epilog=f"Other libraries (python -m minipeft export): {EXPORT}",
                                     usage=f"train.py {name} [options]")
         add_run(chosen, technique)
         add_common(chosen)
@@ -203,8 +208,8 @@ def command(settings):
     words, default = ["python", "train.py", settings.technique], defaults(settings.technique)
     for name, value in vars(settings).items():
         needless = value == default[name] and name != "lr"
-        if needless or name in ("out", "resume", "overwrite") or isinstance(value, dict):
-            continue  # a dict is what --init-from found
+        if needless or name in ("out", "resume", "overwrite"):
+            continue
         words.append("--" + name.replace("_", "-"))
         if isinstance(value, list):
             words += value
