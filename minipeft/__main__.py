@@ -14,7 +14,8 @@ def add_predict(commands):
         "with a prediction and the probability of each class added to each row."))
     parser.add_argument("run", help="folder of the run, such as runs/lora-fold0")
     parser.add_argument("text", nargs="*", help="sentences; without any, lines are read from standard input")
-    parser.add_argument("--csv", metavar="FILE", help="classify the rows of this CSV file, and print CSV")
+    parser.add_argument("--csv", metavar="FILE", help="classify the rows of this file, CSV or what the run was trained "
+                        "on, and print CSV")
     parser.add_argument("--text-column", metavar="NAME", help="its column of texts (default: as in training, or text)")
     add_weights(parser)
     parser.set_defaults(command=predict)
@@ -36,7 +37,7 @@ def predict(options):
     model, record, weights = checkpoint.open_run(options.run, options.weights)
     merge_lora(model)  # plain linear layers again: the same predictions at the speed of the base model
     classes, settings = record["classes"], record["settings"]
-    tokenizer = data.load_tokenizer(weights, settings["max_length"])
+    tokenizer = data.load_tokenizer(weights, settings["max_length"], model.encoder.config.vocab_size)
 
     def probabilities(texts):
         sentences, cut = data.tokenize(tokenizer, texts)
@@ -46,24 +47,19 @@ def predict(options):
 
     at_once = 1 if sys.stdin.isatty() and not options.csv else 1024  # in a terminal, line by line
     if options.csv:
-        rows = texts.read_rows(options.csv, {"strict": True})
-        _, header = next(rows, (1, None))
-        if not header:
+        notes = []
+        table = texts.open_table(
+            options.csv, notes, labelled=False, text_column=options.text_column or settings.get("text_column"),
+            label_column=settings.get("label_column"), encoding=settings.get("encoding"),
+            separator=settings.get("separator"))
+        if not table.names:
             raise UserError(f"{options.csv} is empty: the first line must name the columns")
-        column = options.text_column or settings.get("text_column") or "text"
-        header = [name.strip() for name in header]
-        if column not in header:
-            raise UserError(f"{options.csv} has no column {column!r} but {', '.join(header)[:200]}; name the column of "
-                            "texts with --text-column")
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow([*header, "prediction", *(f"p({name})" for name in classes)])
-        while chunk := list(islice(rows, at_once)):
-            for line, row in chunk:
-                if len(row) != len(header):
-                    raise UserError(f"{options.csv}, line {line}: {len(row)} columns where the first line has "
-                                    f"{len(header)}")
-            for (_, row), p in zip(chunk, probabilities([row[header.index(column)] for _, row in chunk])):
+        writer.writerow([*table.names, "prediction", *(f"p({name})" for name in classes)])
+        while chunk := list(islice(table.rows, at_once)):
+            for (_, row), p in zip(chunk, probabilities([row[table.text] for _, row in chunk])):
                 writer.writerow([*row, classes[p.argmax()], *(f"{value:.4f}" for value in p)])
+        print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
         return
     lines = iter(options.text) if options.text else (line.rstrip("\n") for line in sys.stdin)
     while texts := list(islice(lines, at_once)):
