@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from minipeft import data
 from minipeft.lab import plots
+from minipeft.bert import read_config
 from minipeft.lora import merge_lora
 from minipeft.model import build, count_parameters, describe, predict, trained
 from minipeft.tools import checkpoint, distributed as parallel, download, fast, texts  # parallel: in one process it changes nothing
@@ -214,27 +215,22 @@ def measure(forward, sample, dev_set, epoch, seconds):
 
 def load_data(settings, weights):
     """Read, tokenise and split the data of `settings`: (corpus, tokenizer, train, dev, test index arrays)."""
-    tokenizer = data.load_tokenizer(weights, settings.max_length)
+    tokenizer = data.load_tokenizer(weights, settings.max_length, read_config(weights).vocab_size)
     files = [settings.data or download.fetch_data()]
     if settings.test:
         files.insert(0, settings.test)
-    corpus = texts.read_corpus(files, tokenizer, settings.text_column, settings.label_column)
+    corpus = texts.read_corpus(files, tokenizer, text_column=settings.text_column, label_column=settings.label_column,
+                               encoding=settings.encoding, separator=settings.separator)
     train_set, dev_set, test_set = data.split(corpus, settings.fold)
-    if settings.limit:
-        train_set = np.sort(np.random.default_rng(settings.seed).permutation(train_set)[:settings.limit])
-        if len(np.unique(corpus.labels[train_set])) < len(corpus.classes):
-            raise UserError(f"--limit {settings.limit} leaves a class without a training sentence; take more")
+    train_set, dev_set = data.limit(corpus, train_set, dev_set, settings.limit, settings.seed)
     return corpus, tokenizer, train_set, dev_set, test_set
 
 
-def check_fit(settings, tokenizer, config, weights):
-    """UserError unless tokenizer and --max-length fit the encoder."""
+def check_fit(settings, config):
+    """UserError unless --max-length fits the encoder."""
     if settings.max_length > config.max_position_embeddings:
         raise UserError(f"--max-length {settings.max_length}: this encoder takes at most "
                         f"{config.max_position_embeddings} tokens")
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise UserError(f"{weights}: tokenizer.json has {tokenizer.get_vocab_size():,} tokens and the encoder only "
-                        f"{config.vocab_size:,}: they do not belong together")
 
 
 def make_optimizer(model, settings):
@@ -272,7 +268,7 @@ def report(record, corpus, dev_set, folder):
         print("\nthe most confident mistakes on dev:")
     for row, text in zip(worst, texts.read_texts(corpus, dev_set[worst])):
         print(f"  {classes[logits[row].argmax()]} ({confidence[row]:.1%}), but labelled "
-              f"{classes[corpus.labels[dev_set[row]]]}: {text[:200]}")
+              f"{classes[corpus.labels[dev_set[row]]]}: {' '.join(text.split())[:200]}")
     memory = f"{metrics['peak_memory_mb']:,.0f} MB" if metrics["peak_memory_mb"] else "unknown"
     print(f"\ntest loss {metrics['test_loss']:.3f} accuracy {metrics['test_accuracy']:.1%} on "
           f"{record['sentences']['test']:,} sentences\n"
@@ -292,7 +288,7 @@ def run(settings):
     weights = download.find_weights(settings.weights)
     corpus, tokenizer, train_set, dev_set, test_set = load_data(settings, weights)
     model = build(settings, len(corpus.classes), weights)
-    check_fit(settings, tokenizer, model.encoder.config, weights)
+    check_fit(settings, model.encoder.config)
     with parallel.first_only(checkpoint.locked(settings.out)):
         checkpoint.keep_machine(settings)
         compute, chosen = parallel.from_first(choose_compute, settings, model.encoder.config)
@@ -304,7 +300,7 @@ def run(settings):
             print(f"{folder} failed: {finished['failed']}" if "failed" in finished else f"{folder} is finished already")
             return finished
         print(f"{Path(corpus.files[-1]).name}: {len(train_set):,} training sentences, {len(dev_set):,} dev, "
-              f"{len(test_set):,} test; classes: {', '.join(corpus.classes)[:200]}", *corpus.notes, *describe(model),
+              f"{len(test_set):,} test; classes: {texts.listed(corpus.classes)}", *corpus.notes, *describe(model),
               f"{counts['technique']:,} of the technique + {counts['head']:,} of the head = {counts['trainable']:,} of "
               f"{counts['total']:,} parameters are trained ({counts['trainable'] / counts['total']:.2%})",
               f"on {chosen}", *parallel.describe(model, counts["trainable"]), *warnings, sep="\n", flush=True)

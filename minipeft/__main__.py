@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from .tools.files import UserError
-from .tools.settings import EXPORT, Parser, number
+from .tools.settings import EXPORT, Parser, encoding, number, separator
 
 CHUNK = 1024  # rows of a file that are read and classified at a time
 
@@ -14,6 +14,21 @@ CHUNK = 1024  # rows of a file that are read and classified at a time
 def add_weights(parser):
     parser.add_argument("--weights", metavar="FOLDER",
                         help="folder of the base weights (default: as recorded in the run)")
+
+
+def add_reading(parser):
+    """Add the options of texts.open_table that a run records, and which another file may need to have changed."""
+    parser.add_argument("--text-column", metavar="NAME", help="name of the column of texts (default: as in training)")
+    parser.add_argument("--encoding", metavar="NAME", type=encoding, help="encoding of the file (default: as in "
+                        "training)")
+    parser.add_argument("--separator", metavar="CHAR", type=separator, help="character between two columns (default: "
+                        "as in training)")
+
+
+def reading(options, record):
+    """How to read a file: as given, else as the data of the run were read."""
+    names = "text_column", "label_column", "encoding", "separator"
+    return {name: getattr(options, name, None) or record["settings"].get(name) for name in names}
 
 
 def open_classifier(options):
@@ -24,7 +39,7 @@ def open_classifier(options):
     model, record, weights = checkpoint.open_run(options.run, options.weights)
     merge_lora(model)  # plain linear layers again: the same predictions at the speed of the base model
     length = record["settings"]["max_length"]
-    tokenizer = data.load_tokenizer(weights, length)
+    tokenizer = data.load_tokenizer(weights, length, model.encoder.config.vocab_size)
 
     def classify(texts):
         sentences, cut = data.tokenize(tokenizer, texts)
@@ -42,8 +57,9 @@ def add_predict(commands):
         "with a prediction and the probability of each class added to each row."))
     parser.add_argument("run", help="folder of the run, such as runs/lora-fold0")
     parser.add_argument("text", nargs="*", help="sentences; without any, lines are read from standard input")
-    parser.add_argument("--csv", metavar="FILE", help="classify the rows of this table, and print CSV")
-    parser.add_argument("--text-column", metavar="NAME", help="its column of texts (default: as in training, or text)")
+    parser.add_argument("--csv", metavar="FILE", help="classify the rows of this file, CSV or what the run was trained "
+                        "on, and print CSV")
+    add_reading(parser)
     add_weights(parser)
     parser.set_defaults(command=predict)
 
@@ -67,6 +83,22 @@ def arriving_lines():
             return
 
 
+def predict_table(path, read_as, probabilities, classes):
+    """Print a table as CSV, with the prediction and its probabilities at the end of each row."""
+    from .tools import texts
+    notes = []
+    table = texts.open_table(path, notes, labelled=False, **read_as)
+    if not table.names:
+        raise UserError(f"{path} is empty: the first line must name the columns")
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow([*table.names, "prediction", *(f"p({name})" for name in classes)])
+    while chunk := list(islice(table.rows, CHUNK)):
+        for (_, row), p in zip(chunk, probabilities([row[table.text] for _, row in chunk])):
+            writer.writerow([*row, classes[p.argmax()], *(f"{value:.4f}" for value in p)])
+    for note in notes:
+        print(note, file=sys.stderr)
+
+
 def predict(options):
     import numpy as np
 
@@ -80,32 +112,10 @@ def predict(options):
         return np.exp(log_probabilities(classify(texts)))
 
     if options.csv:
-        column = options.text_column or record["settings"].get("text_column") or "text"
-        return predict_table(options.csv, column, probabilities, classes)
+        return predict_table(options.csv, reading(options, record), probabilities, classes)
     for lines in [options.text] if options.text else arriving_lines():
         for text, p in zip(lines, probabilities(lines)):
             print(f"{classes[p.argmax()]}\t{p.max():.3f}\t{text}", flush=True)
-
-
-def predict_table(path, column, probabilities, classes):
-    """Print a table as CSV, with the prediction and its probabilities at the end of each row."""
-    from .tools import texts
-    rows = texts.read_rows(path, {"strict": True})
-    _, header = next(rows, (1, None))
-    if not header:
-        raise UserError(f"{path} is empty: the first line must name the columns")
-    header = [name.strip() for name in header]
-    if column not in header:
-        raise UserError(f"{path} has no column {column!r} but {', '.join(header)[:200]}; name the column of texts with "
-                        "--text-column")
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow([*header, "prediction", *(f"p({name})" for name in classes)])
-    while chunk := list(islice(rows, CHUNK)):
-        for line, row in chunk:
-            if len(row) != len(header):
-                raise UserError(f"{path}, line {line}: {len(row)} columns where the first line has {len(header)}")
-        for (_, row), p in zip(chunk, probabilities([row[header.index(column)] for _, row in chunk])):
-            writer.writerow([*row, classes[p.argmax()], *(f"{value:.4f}" for value in p)])
 
 
 # -- evaluate ---------------------------------------------------------------------------------------------
@@ -116,8 +126,8 @@ def add_evaluate(commands):
         "class, loss, macro-F1, for two classes Matthews correlation, and which class is taken for which."))
     parser.add_argument("run", help="folder of the run, such as runs/lora-fold0")
     parser.add_argument("file", help="labelled sentences, in any form that train.py reads")
-    parser.add_argument("--text-column", metavar="NAME", help="its column of texts (default: as in training)")
-    parser.add_argument("--label-column", metavar="NAME", help="its column of labels (default: as in training)")
+    add_reading(parser)
+    parser.add_argument("--label-column", metavar="NAME", help="name of the column of labels (default: as in training)")
     add_weights(parser)
     parser.set_defaults(command=evaluate)
 
@@ -128,27 +138,27 @@ def evaluate(options):
     from .tools import metrics, texts
     classify, record = open_classifier(options)
     path, classes = options.file, record["classes"]
-    columns = [getattr(options, name) or record["settings"].get(name) for name in ("text_column", "label_column")]
-    rows, logits, labels, empty = texts.read_file(path, *columns), [], [], 0
+    logits, labels, notes, empty = [], [], [], 0
+    rows = texts.read_file(path, notes, **reading(options, record))
     while chunk := list(islice(rows, CHUNK)):
         found = [(line, text, label) for line, text, label in chunk if text.strip()]
         empty += len(chunk) - len(found)
         for line, _, label in found:
             if label not in classes:
                 what = f"the label {label!r:.80}" if label else "a text without a label: it"
-                raise UserError(f"{path}, line {line}: {what} is none of the run's classes, "
-                                f"{', '.join(classes)[:200]}; correct the label or take the row out")
+                raise UserError(f"{path}, line {line}: {what} is none of the run's classes ({texts.listed(classes)}); "
+                                "correct the label or take the row out")
             labels.append(classes.index(label))
         if found:
             logits.append(classify([text for _, text, _ in found]))
     if not labels:
         raise UserError(f"{path} holds no sentences: a table needs rows of text and label")
     if texts.fingerprint(path) == record["data_sha256"][-1]:
-        print(f"warning: the run was trained on {path}; new sentences will give lower numbers")
+        notes.append(f"warning: the run was trained on {path}; new sentences will give lower numbers")
     if empty:
-        print(f"rows skipped because they are without text: {empty:,}")
+        notes.append(f"skipped {texts.counted(empty, 'row')} without text")
     found = np.concatenate(logits), np.array(labels), classes
-    print(*metrics.summary(*found), *metrics.confusions(*found), sep="\n")
+    print(*notes, *metrics.summary(*found), *metrics.confusions(*found), sep="\n")
 
 
 # -- export, explain --------------------------------------------------------------------------------------
