@@ -80,6 +80,7 @@ def arriving_lines():
         if lines:
             yield [line.removesuffix(b"\r").decode("utf-8-sig") for line in lines]
         if not arrived:
+            print(end="\n" if prompt else "", file=sys.stderr)
             return
 
 

@@ -58,7 +58,8 @@ def save_bert(encoder, folder, config=None, prefix="", more=None):
         raise ValueError(f"{surplus[0]} is not in a plain BERT: call merge_lora or remove_adapters first")
     tensors = {prefix + hugging_face_name(name): tensor for name, tensor in state.items()}
     content = {"architectures": ["BertModel"], "model_type": "bert", "hidden_act": "gelu"}
-    write_text(Path(folder) / "config.json", json.dumps(content | asdict(encoder.config) | (config or {}), indent=2))
+    content |= asdict(encoder.config) | (config or {})
+    write_text(Path(folder) / "config.json", json.dumps(content, indent=2) + "\n")
     write_safetensors(Path(folder) / "model.safetensors", tensors | (more or {}), FORMAT)
 
 
