@@ -1496,7 +1496,7 @@ def test_a_text_is_read_in_its_encoding(tmp_path, content, reading, text):
 
 
 @pytest.mark.parametrize("names, expected", [
-    ([str(number) for number in range(12)], [str(number) for number in range(12)]), (["10", "-1", "9"], ["-1", "9", "10"]),
+    ([*map(str, range(12))], [*map(str, range(12))]), (["10", "-1", "9"], ["-1", "9", "10"]),
     (["10", "9", "b"], ["10", "9", "b"]), (["2.5", "10"], ["10", "2.5"])])
 def test_classes_that_are_whole_numbers_are_sorted_by_value(tmp_path, tiny, names, expected):
     rows = [f"film {number},{name}\n" for number, name in enumerate(names[::-1] * 2)]
@@ -1514,8 +1514,8 @@ def test_a_folder_with_one_subfolder_a_class_is_a_data_set(tmp_path, tiny):
     assert corpus.line.tolist() == [1, 2, 3, 4]
     assert texts.read_texts(corpus, [3, 0, 2, 1]) == ["good\nfilm", "dull plot", "fine", "bad film"]
     assert corpus.notes == [
-        f"left out of {folder}: 1 file in ., 1 file in .x, 1 file in __MACOSX/pos, 2 files in pos, 1 file in pos/deeper, "
-        "1 file in unsup (the texts of a class are the .txt files in its folder)"]
+        f"left out of {folder}: 1 file in ., 1 file in .x, 1 file in __MACOSX/pos, 2 files in pos, 1 file in "
+        "pos/deeper, 1 file in unsup (the texts of a class are the .txt files in its folder)"]
     more = write_files(tmp_path / "more", {"neg/1.txt": "slow", "neg/2.txt": b"weak caf\xe9", "pos/1.txt": "warm",
                                             "pos/2.txt": b"funny caf\xe9"})
     both = corpus_of(folder, more, tiny=tiny)
@@ -1535,7 +1535,8 @@ def test_the_fingerprint_of_a_folder_depends_on_names_and_contents_of_its_texts_
     contents = {"pos/a.txt": "good", "neg/b.txt": "bad"}
     renamed = {"neg/a.txt": "bad", "pos/b.txt": "good"}
     variants = [contents, contents | {"unsup/c.txt": "x"}, contents | {"pos/a.txt": "bad"}, renamed]
-    prints = [texts.fingerprint(write_files(tmp_path / str(number), variant)) for number, variant in enumerate(variants)]
+    folders = [write_files(tmp_path / str(number), variant) for number, variant in enumerate(variants)]
+    prints = [texts.fingerprint(folder) for folder in folders]
     assert prints[0] == prints[1] and len(set(prints)) == 3
     assert texts.fingerprint(reviews) == files.sha256(reviews)
 
@@ -1560,8 +1561,8 @@ GOOD = "text,label\n" + "".join(f"good film {word},pos\nbad film {word},neg\n" f
      "warning: some classes differ in case or number format only: 1, 1.0"),
     ("a.csv", GOOD + "sushi,pos\n", "0.8% of the tokens are [UNK]: the vocabulary of the weights lacks them"),
     ("a.csv", GOOD + "sushi ramen " * 9 + ",pos\n",
-     "warning: 13.0% of the tokens are [UNK]: the vocabulary of the weights lacks them; take weights for this language, "
-     "or multilingual ones, with --weights"),
+     "warning: 13.0% of the tokens are [UNK]: the vocabulary of the weights lacks them; take weights for this "
+     "language, or multilingual ones, with --weights"),
     ("a.csv", GOOD + ",pos\n", "skipped 1 row without text in {path}"),
     ("a.csv", GOOD + "good film a,pos\n", "dropped 1 repeated sentence")])
 def test_what_is_left_out_or_read_in_a_second_way_is_noted(tmp_path, tiny, name, content, note):
@@ -1573,7 +1574,8 @@ def test_what_is_left_out_or_read_in_a_second_way_is_noted(tmp_path, tiny, name,
     ("mine.csv", "", "mine.csv holds no sentences"),
     ("mine.csv", "text,label\n,pos\n  ,neg\n", "mine.csv holds no sentences"),
     ("mine.csv", "text,label\na,pos\nb,pos\n", "every label is 'pos'"),
-    ("mine.csv", GOOD.replace("text,label", "review,stars"), "line 1: ", "1 sentence labelled 'stars'", "--label-column"),
+    ("mine.csv", GOOD.replace("text,label", "review,stars"), "line 1: ", "1 sentence labelled 'stars'",
+     "--label-column"),
     ("mine.csv", "id,text,class\n1,good,a\n", "no column 'label' but 'id', 'text', 'class'", "--label-column"),
     ("mine.csv", "sentence\ngood\n", "no column 'text' but 'sentence'", "--text-column"),
     ("mine.csv", GOOD + "once,more\n", "line 42: ", "1 sentence labelled 'more'"),
@@ -1687,8 +1689,9 @@ def test_a_table_without_labels_can_be_opened_for_prediction(tmp_path, name, con
     assert table.names == names and [row for _, row in table.rows] == rows and names[table.text] == "text"
 
 
-@pytest.mark.parametrize("words, part", [("--separator ab", "'ab' is not one character"), ("--encoding utf-99", "utf-99"),
-                                         ("--encoding rot13", "'rot13' is not an encoding")])
+@pytest.mark.parametrize("words, part", [
+    ("--separator ab", "'ab' is not one character"), ("--encoding utf-99", "'utf-99' is not an encoding"),
+    ("--encoding rot13", "'rot13' is not an encoding")])
 def test_an_encoding_or_a_separator_that_does_not_exist_is_one_clear_line(capsys, words, part):
     with pytest.raises(SystemExit):
         options.parse(["head", *words.split()])

@@ -271,7 +271,7 @@ def report(record, corpus, dev_set, folder):
               f"{classes[corpus.labels[dev_set[row]]]}: {' '.join(text.split())[:200]}")
     memory = f"{metrics['peak_memory_mb']:,.0f} MB" if metrics["peak_memory_mb"] else "unknown"
     print(f"\ntest loss {metrics['test_loss']:.3f} accuracy {metrics['test_accuracy']:.1%} on "
-          f"{record['sentences']['test']:,} sentences\n"
+          f"{texts.counted(record['sentences']['test'], 'sentence')}\n"
           f"training took {metrics['train_seconds']:.0f} s, peak memory {memory}, "
           f"trained tensors {metrics['saved_bytes'] / 1e6:.1f} MB\nfiles in {folder}/: "
           f"{', '.join(sorted(path.name for path in folder.iterdir() if path.name != 'lock'))}\n"

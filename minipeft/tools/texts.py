@@ -1,7 +1,7 @@
 """Labelled texts from tables (CSV, TSV), JSON or folders, checked and tokenised into a Corpus (data.py).
 
-A file becomes lines (encoding), rows (format), a Table (columns), labelled texts, and a Corpus. What is left out or
-read in a second way is a note, which train.py prints; everything else that does not fit is a UserError.
+A file is read as lines (encoding), rows (format), and a Table (columns); its labelled texts become a Corpus. Rows that
+are left out, or read in a second way, are counted in a note, which train.py prints. What cannot be read is a UserError.
 """
 import codecs
 import csv
@@ -42,12 +42,12 @@ def listed(names, most=10):
 
 
 def read_lines(path, encoding, notes):
-    """Yield the lines of a text file, or of one packed with gzip (.gz). UserError, with the line, if it is not text.
+    """Yield the lines of a text file, also of one packed with gzip. UserError, with the line, if it is not text.
 
-    encoding: None for UTF-16 if the file begins with its mark, else UTF-8. Lines that are not UTF-8 are then read as
-    Windows-1252, and the list `notes` gets a line that says so.
+    encoding: None for UTF-16 if the file begins with its mark, else UTF-8, with Windows-1252 for lines that are not
+    UTF-8: these are counted in a note, added to `notes`.
     """
-    number, other = 0, []  # other: lines that are not UTF-8
+    number, other = 0, []  # other: the lines that are not UTF-8
     try:
         with (gzip.open if str(path).lower().endswith(".gz") else open)(path, "rb") as file:
             if not encoding and file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
@@ -84,7 +84,7 @@ def read_objects(path, encoding, notes):
         for number, content in enumerate(["".join(lines)] if is_array else lines, 1):
             if not content.strip():
                 continue
-            found = json.loads(content, parse_constant=int)  # int refuses NaN and Infinity
+            found = json.loads(content, parse_constant=int)  # int("NaN") is a ValueError
             if "\\ud" in content.lower():
                 json.dumps(found, ensure_ascii=False).encode()  # fails for half a surrogate pair: not a character
             for number, row in enumerate(found, 1) if is_array else [(number, found)]:
@@ -96,7 +96,7 @@ def read_objects(path, encoding, notes):
 
 
 def is_regular(lines, separator):
-    """Whether this separator gives all rows the same number of columns, two or more."""
+    """Return whether this separator gives all rows the same number of columns, two or more."""
     quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
     try:
         rows = list(csv.reader(lines, delimiter=separator, quoting=quoting))
@@ -107,9 +107,10 @@ def is_regular(lines, separator):
 
 
 def quotes_close(lines):
-    """Whether each quotation mark that begins a field of a TSV file has one that ends it, as csv and pandas write them.
+    """Return whether quotation marks enclose fields of a TSV file, as csv and pandas write them.
 
-    If a field then encloses a tab, the mark of one row was closed by the mark of another row: False.
+    False if a mark that begins a field does not end one. False, too, if a field then contains a tab: the mark of one
+    row was closed by the mark of another.
     """
     try:
         return all("\t" not in "".join(row) for row in csv.reader(lines, delimiter="\t", strict=True))
@@ -214,9 +215,8 @@ def open_table(path, notes, labelled=True, text_column=None, label_column=None, 
     """Return the Table of a CSV, TSV, JSON-lines or JSON file, or of a folder.
 
     Column names ("text" and "label" by default) are found whatever their case. Of two columns one name is enough; if
-    there is none, there is no header, and the label is the column with fewer distinct values. Unless `labelled`, there
-    may be no column of labels, but a header is needed. UserError if a column is missing. While the rows are read, the
-    list `notes` gets warnings.
+    there is none, there is no header, and the label is the column with fewer distinct values. Unless `labelled`, a
+    column of labels is not needed, but a header is. UserError if a column is missing. Notes come with the last row.
     """
     path, header = Path(path), None
     if path.is_dir():
@@ -246,10 +246,11 @@ def open_table(path, notes, labelled=True, text_column=None, label_column=None, 
             text = 1 - label
         elif label is None and text is not None:
             label = 1 - text
+    way_out = f"the columns with --text-column and --label-column{UNLABELLED}" if labelled else "it with --text-column"
     for name, column in zip(wanted, (text, label if labelled else 0)):
         if column is None and names:
-            raise UserError(f"{path} has no column {name!r} but {listed([repr(name) for name in names])}; name the "
-                            "columns with --text-column and --label-column" + (UNLABELLED if labelled else ""))
+            others = listed([repr(name) for name in names])
+            raise UserError(f"{path} has no column {name!r} but {others}; name {way_out}")
     return Table(names, text, label, check_rows(path, rows, names, text, header, notes))
 
 
@@ -293,7 +294,7 @@ def hash_text(text):
 
 
 def spelling(name):
-    """What two names of a class have in common if they differ in case or number format only, such as 1 and 1.0."""
+    """Return what names that differ in case or number format only have in common: Pos and pos, 1 and 1.0."""
     try:
         return float(name)
     except ValueError:
