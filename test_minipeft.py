@@ -6,8 +6,10 @@ and data, which are fetched once.
 import copy
 import csv
 import functools
+import gzip
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -18,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -44,7 +47,7 @@ from benchmarks import parity
 from minipeft import __main__ as command_line, adapter, bert, data, head, lora, model as models
 from minipeft.adapter import (
     Adapter, AdapterLinear, TrainedNorm, adapter_state, add_adapters, load_adapters, remove_adapters)
-from minipeft.bert import Attention, Bert, BertConfig, Block, hugging_face_name, load_bert, read_config, save_bert
+from minipeft.bert import Attention, Bert, BertConfig, Block, hugging_face_name, load_bert, load_pooler, read_config
 from minipeft.head import Classifier, freeze, pool, train_biases
 from minipeft.lab import analysis, explain, figures, memory, plots, rates, runs, stats, studies
 from minipeft.lab.plots import Cost, Memory, Point
@@ -53,7 +56,9 @@ from minipeft.lora import LoRALinear, add_lora, load_lora, lora_state, merge_lor
 from minipeft.model import APPLY, Compute, build, describe, predict
 from minipeft.tools import checkpoint, distributed, download, export as interop, fast, files, settings as options, texts
 from minipeft.tools.checkpoint import open_run
+from minipeft.tools.export import save_bert
 from minipeft.tools.files import UserError, read_json, read_safetensors, write_json
+from minipeft.tools.metrics import confusion, confusions, macro_f1, matthews, summary, wilson
 
 ROOT = Path(__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"  # for child processes; more threads are slower on tiny models
@@ -281,17 +286,6 @@ def test_other_checkpoints_names_are_understood(tiny, tmp_path):
         assert no_pooler.pooler is None and torch.equal(no_pooler(random_ids()), expected)
         half = load_bert(rewrite(tiny, tmp_path / "half", lambda t: {k: v.half() for k, v in t.items()}))
         assert half.layers[0].attention.query.weight.dtype == torch.float32
-
-
-def test_a_saved_encoder_has_hugging_face_s_names_and_loads_to_the_same_bits(tiny, tmp_path):
-    encoder = load_bert(tiny)
-    save_bert(encoder, tmp_path / "copy")
-    assert load_file(tmp_path / "copy" / "model.safetensors").keys() == load_file(tiny / "model.safetensors").keys()
-    assert same_bits(bits(load_bert(tmp_path / "copy")), bits(encoder))
-    add_lora(encoder)
-    with pytest.raises(ValueError, match="call merge_lora or remove_adapters first"):
-        save_bert(encoder, tmp_path / "wrapped")
-    assert not (tmp_path / "wrapped").exists()
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_with_the_whole_list(tiny, tmp_path):
@@ -857,149 +851,29 @@ def user_error(*parts):
     return pytest.raises(UserError, match="(?s)^(?!.*\n)" + "".join(f"(?=.*{re.escape(part)})" for part in parts))
 
 
-TABLE = [("good film", "1"), ("bad film, very bad", "0"), ("\"fine\" cast", "1"), ("dull plot", "0")]
+def spoil_tokenizer(tiny, folder, change):
+    """A copy of the tiny tokenizer, changed as a dict."""
+    content = json.loads((tiny / "tokenizer.json").read_text())
+    change(content)
+    return write_files(folder, {"tokenizer.json": json.dumps(content)})
 
 
-@pytest.mark.parametrize("name, content, lines", [
-    ("a.csv", 'text,label\ngood film,1\n"bad film, very bad",0\n"""fine"" cast",1\ndull plot,0\n', [2, 3, 4, 5]),
-    ("bom.csv", '\ufefflabel,more,text\r\n1,x,good film\r\n0,x,"bad film, very bad"\r\n1,"x\r\ny","""fine"" cast"\r\n'
-                '0,x,dull plot', [2, 3, 4, 6]),
-    ("a.tsv", 'text\tlabel\ngood film\t1\nbad film, very bad\t0\n"fine" cast\t1\ndull plot\t0\n', [2, 3, 4, 5]),
-    ("bare.csv", 'good film,1\n"bad film, very bad",0\n"""fine"" cast",1\ndull plot,0\n', [1, 2, 3, 4]),
-    ("bare.txt", '1\tgood film\n0\tbad film, very bad\n1\t"fine" cast\n\n0\tdull plot\n', [1, 2, 3, 5]),
-    ("a.jsonl", "\n\n".join(json.dumps({"text": text, "label": int(label)}) for text, label in TABLE), [1, 3, 5, 7])])
-def test_the_same_table_is_read_in_every_form(tmp_path, tiny, name, content, lines):
-    path = write_files(tmp_path, {name: content}) / name
-    assert [row[1:] for row in texts.read_file(path) if row[1]] == TABLE
-    corpus = corpus_of(path, tiny=tiny)
-    assert corpus.classes == ["0", "1"] and corpus.labels.tolist() == [1, 0, 1, 0] and corpus.line.tolist() == lines
-    assert texts.read_texts(corpus, [2, 0]) == [TABLE[2][0], TABLE[0][0]]
+def without_sep(template):
+    del template["special_tokens"]["[SEP]"]
 
 
-def test_a_folder_with_one_subfolder_a_class_is_a_data_set(tmp_path, tiny):
-    folder = write_files(tmp_path / "train", {
-        "pos/1_9.txt": "good\nfilm\n", "neg/10_2.txt": "dull plot", "neg/2_1.txt": "bad film", "pos/0_7.txt": "fine",
-        "unsup/0_0.txt": "a film", "pos/.hidden.txt": "x", "pos/readme.md": "x", "urls_pos.txt": "x", ".x/a.txt": "x"})
-    corpus = corpus_of(folder, tiny=tiny)
-    assert corpus.classes == ["neg", "pos"] and corpus.labels.tolist() == [0, 0, 1, 1]
-    assert corpus.line.tolist() == [1, 2, 3, 4]
-    assert texts.read_texts(corpus, [3, 0, 2, 1]) == ["good\nfilm", "dull plot", "fine", "bad film"]
-    assert corpus.notes == [f"left out {folder}/unsup: texts without labels"]
-    more = write_files(tmp_path / "more", {"neg/1.txt": "slow", "neg/2.txt": "weak", "pos/1.txt": "warm",
-                                            "pos/2.txt": "funny"})
-    both = corpus_of(folder, more, tiny=tiny)
-    assert both.file.tolist() == [0] * 4 + [1] * 4 and texts.read_texts(both, [0, 4]) == ["dull plot", "slow"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such name")
-def test_a_class_folder_whose_name_is_not_utf_8_is_refused(tmp_path, tiny):
-    folder = write_files(tmp_path / "data", {"pos/a.txt": "good", "caf\udce9/b.txt": "bad"})
-    with user_error(f"{folder}: the name of the class folder", "is not UTF-8"):
-        corpus_of(folder, tiny=tiny)
-
-
-def test_the_fingerprint_of_a_folder_depends_on_names_and_contents_of_its_texts_only(tmp_path, reviews):
-    contents = {"pos/a.txt": "good", "neg/b.txt": "bad"}
-    renamed = {"neg/a.txt": "bad", "pos/b.txt": "good"}
-    variants = [contents, contents | {"unsup/c.txt": "x"}, contents | {"pos/a.txt": "bad"}, renamed]
-    prints = [texts.fingerprint(write_files(tmp_path / str(number), variant)) for number, variant in enumerate(variants)]
-    assert prints[0] == prints[1] and len(set(prints)) == 3
-    assert texts.fingerprint(reviews) == files.sha256(reviews)
-
-
-GOOD = "text,label\n" + "".join(f"good film {word},pos\nbad film {word},neg\n" for word in WORDS)
-
-
-@pytest.mark.parametrize("content, parts", [(content, parts) for content, *parts in [
-    ("", "holds no sentences"),
-    ("text,label\n,pos\n  ,neg\n", "holds no sentences"),
-    ("text,label\na,pos\nb,pos\n", "every label is 'pos'"),
-    (GOOD.replace("label", "class"), "line 1: ", "has 1 sentences labelled 'class'", "--label-column"),
-    ("id,text,class\n1,good,a\n", "the columns are 'id', 'text', 'class'", "'label'", "--label-column"),
-    (GOOD + "once,more\n", "line 42: ", "has 1 sentences labelled 'more'"),
-    (GOOD + "no label,\n", "line 42", "without a label"),
-    (GOOD + "one, two,pos\n", "line 42", "3 columns where the first line has 2"),
-    (GOOD + '"open,pos\nand,pos\n', "line 42", "check quotation marks"),
-    (GOOD.encode() + "caf\u00e9,pos\n".encode("latin-1"), "line 42: not plain text", "UTF-8"),
-    (GOOD + "nul\0,pos\n", "line 42: not plain text", "NUL byte")]])
-def test_a_table_that_cannot_be_used_is_one_clear_line(tmp_path, tiny, content, parts):
-    with user_error("mine.csv", *parts):
-        corpus_of(write_files(tmp_path, {"mine.csv": content}) / "mine.csv", tiny=tiny)
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_a_run_on_columns_of_other_names_is_the_run_on_text_and_label(make_settings, reviews, tmp_path, suffix):
-    rows = [{"label": "?", "stars": label, "text": "?", "review": text}
-            for text, label in csv.reader(reviews.read_text().splitlines()[1:])]
-    lines = [json.dumps(row) for row in rows] if suffix == ".jsonl" else [
-        ",".join(row) for row in (rows[0], *(row.values() for row in rows))]
-    path = write_files(tmp_path, {"other" + suffix: "\n".join(lines)}) / ("other" + suffix)
-    usual = train.run(make_settings("head", "--data", reviews))
-    named = train.run(make_settings("head", "--data", path, "--text-column", "review", "--label-column", "stars",
-                                    out="other"))
-    assert named["test"]["logits"] == usual["test"]["logits"] and named["classes"] == usual["classes"]
-
-
-@pytest.mark.parametrize("line", [
-    "not json", '["a"]', '{"text": "a"}', '{"text": 3, "label": 1}', '{"text": "a", "label": []}',
-    '{"text": "a", "label": null}', '{"text": "\\ud800", "label": 1}', "[" * 100_000])
-def test_a_json_line_that_cannot_be_used_is_one_clear_line(tmp_path, tiny, line):
-    (tmp_path / "mine.jsonl").write_text('{"text": "fine", "label": 1}\n' + line + "\n")
-    with user_error("mine.jsonl, line 2"):
-        corpus_of(tmp_path / "mine.jsonl", tiny=tiny)
-
-
-def test_a_folder_or_file_that_cannot_be_read_is_one_clear_line(tmp_path, tiny):
-    for path, part in ((write_files(tmp_path / "flat", {"a.txt": "good"}), "flat holds no sentences"),
-                       (tmp_path / "gone.csv", "gone.csv is not a file or folder"),
-                       (write_files(tmp_path / "latin", {"a/b.txt": b"caf\xe9"}), "a/b.txt, line 1: not plain text")):
-        with user_error(part):
-            corpus_of(path, tiny=tiny)
-    (tmp_path / "set" / "pos" / "b.txt").mkdir(parents=True)  # opening it is an OSError
-    with user_error("pos/b.txt could not be read"):
-        corpus_of(tmp_path / "set", tiny=tiny)
-    for folder in (tmp_path, write_files(tmp_path, {"damaged/tokenizer.json": "{"}) / "damaged"):
-        with user_error("tokenizer.json is missing or not a tokenizer"):
-            data.load_tokenizer(folder, 40)
-
-
-def test_rows_without_text_are_skipped_and_long_texts_cut_and_both_are_counted(tmp_path, tiny):
-    path = tmp_path / "a.csv"
-    path.write_text(f"text,label\n{'good ' * 40_000},1\n,0\n\nbad,0\ngood film,1\n  good film ,1\nbad plot,0\n")
-    corpus = corpus_of(path, tiny=tiny)
-    assert corpus.notes == [f"skipped 1 rows without text in {path}", "cut 1 of 5 texts to 40 tokens (--max-length)",
-                            "dropped 1 repeated sentences"]
-    assert corpus.line.tolist() == [2, 5, 6, 8] and corpus.lengths.tolist() == [40, 3, 4, 4]
-    assert corpus.hashes[3] == texts.hash_text("bad plot")
-    expected = [[2] + [4] * 38 + [3], [2, 9, 3], [2, 4, 16, 3], [2, 9, 17, 3]]  # 2, 3, 4: [CLS], [SEP], good
-    assert [ids.tolist() for ids in corpus.sentences(range(4))] == expected
-
-
-def test_a_text_with_two_labels_is_left_out_and_shown(tmp_path, tiny):
-    path = tmp_path / "mine.csv"
-    path.write_text(GOOD + "bad plot,neg\n good film good,neg\nGood film  good,neg\ngood film good,pos\nbad plot,pos\n")
-    corpus = corpus_of(path, tiny=tiny)
-    assert corpus.notes == [f"left out 5 sentences of {path} whose text occurs with more than one label (2 texts), "
-                            "such as 'good film good': 'pos' in line 2, 'neg' in line 43"]
-    assert set(range(2, 47)) - set(corpus.line) == {2, 42, 43, 45, 46}  # 44 differs in its spelling
-
-
-def test_each_row_of_a_test_file_is_scored_and_nothing_like_it_is_trained_on(tmp_path, tiny, reviews):
-    header, *lines = reviews.read_text().splitlines()
-    mine, test = tmp_path / "mine.csv", tmp_path / "test.csv"
-    mine.write_text("\n".join([header, *lines, lines[0], lines[1].replace(",bad", ",good")]))  # both in the test file
-    test.write_text("\n".join([header, *lines[:40], *lines[:3], lines[0].replace(",good", ",bad"),
-                               lines[1].upper().replace(",BAD", ",bad"), ",good"]))
-    corpus = corpus_of(test, mine, tiny=tiny)
-    train_set, dev_set, test_set = data.split(corpus)
-    rest = [*train_set, *dev_set]
-    assert corpus.line[test_set].tolist() == list(range(2, 47)) and set(corpus.file[test_set]) == {0}
-    assert corpus.line[rest].min() == 42 and set(corpus.file[rest]) == {1} and len(rest) == len(corpus) - 45
-    assert corpus.notes == [f"skipped 1 rows without text in {test}",
-                            f"left out 42 sentences of {mine} that occur in {test} too"]
-    test.write_text("text,label\nfine,good\nfine,excellent\n")
-    with user_error(f"{test}, line 3: {reviews} has 0 sentences labelled 'excellent'"):
-        corpus_of(test, reviews, tiny=tiny)
+@pytest.mark.parametrize("change, part", [
+    (lambda c: c.pop("model"), "is missing or not a tokenizer"),
+    (lambda c: c.update(post_processor=None), "no template (post_processor) that puts [CLS] and [SEP] around a text"),
+    (lambda c: without_sep(c["post_processor"]), "its template names [SEP], which special_tokens lacks"),
+    (lambda c: (without_sep(c["post_processor"]), c.update(
+        post_processor={"type": "Sequence", "processors": [c["post_processor"]]})), "its template names [SEP]"),
+    (lambda c: c["model"]["vocab"].update(film=500), "token ids up to 500, and the encoder has 24 tokens"),
+    (lambda c: c["post_processor"]["special_tokens"]["[SEP]"].update(ids=[24]), "token ids up to 24, and")])
+def test_a_tokenizer_that_does_not_fit_is_one_clear_line(tiny, tmp_path, change, part):
+    with user_error("tokenizer.json", part):
+        data.load_tokenizer(spoil_tokenizer(tiny, tmp_path, change), 40, vocab_size=len(WORDS) + 4)
+    assert data.load_tokenizer(tiny, 40, vocab_size=len(WORDS) + 4).encode("a film").ids == [2, 14, 16, 3]
 
 
 def part_of(text):
@@ -1040,6 +914,39 @@ def test_a_set_that_lacks_a_class_in_training_is_refused(tmp_path, tiny, reviews
     path.write_text("text,label\ngood film,a\ngood plot,a\nbad film,b\nbad plot,b\n")
     with user_error("set has no sentence"):
         data.split(corpus_of(path, tiny=tiny))
+
+
+def sets_of(counts, dev=5):
+    """A corpus of some sentences of each class, all of them for training, and more of class 0 for dev."""
+    labels = np.repeat([*range(len(counts)), 0], [*counts, dev])
+    hashes = np.random.default_rng(0).permutation(len(labels)).astype(np.uint64)
+    corpus = SimpleNamespace(labels=labels, hashes=hashes, classes=[*map(str, range(len(counts)))], notes=[])
+    return corpus, np.arange(sum(counts)), sum(counts) + np.arange(dev)
+
+
+@pytest.mark.parametrize("counts, most, expected", [
+    ([300, 100], 40, None), ([300, 100, 2], 40, [29, 10, 1]), ([300, 100, 2], 3, [1, 1, 1]), ([5, 5], 100, [5, 5])])
+def test_a_limit_is_a_random_draw_that_is_stratified_if_it_would_lack_a_class(counts, most, expected):
+    corpus, everything, dev = sets_of(counts)
+    chosen, _ = data.limit(corpus, everything, dev, most, seed=3)
+    drawn = np.sort(np.random.default_rng(3).permutation(everything)[:most])
+    assert np.array_equal(chosen, drawn) == (expected in (None, [5, 5]))
+    assert np.bincount(corpus.labels[chosen]).tolist() == (expected or np.bincount(corpus.labels[drawn]).tolist())
+    assert len(set(chosen)) == len(chosen) and sorted(chosen) == chosen.tolist()
+    with user_error("--limit 1 is less than the", "classes"):
+        data.limit(corpus, everything, dev, 1)
+
+
+@pytest.mark.parametrize("training, most, dev, expected", [
+    (1200, None, 1300, 1200), (50, None, 1300, 1000), (5000, 60, 1300, 1000), (5000, 1100, 1300, 1100),
+    (5000, 60, 963, 963), (5000, None, 1300, 1300)])
+def test_dev_is_no_larger_than_training_or_a_thousand_sentences(training, most, dev, expected):
+    corpus, train_set, dev_set = sets_of([training // 2] * 2, dev)
+    kept = data.limit(corpus, train_set, dev_set, most)[1]
+    assert len(kept) == expected and set(kept) <= set(dev_set) and sorted(kept) == kept.tolist()
+    assert np.array_equal(data.limit(corpus, train_set, dev_set, most, seed=9)[1], kept)
+    assert corpus.hashes[kept].max() == np.sort(corpus.hashes[dev_set])[expected - 1]
+    assert bool(corpus.notes) == (expected < dev)
 
 
 def test_batches_hold_every_sentence_once_with_little_padding_or_within_a_budget():
@@ -1538,6 +1445,257 @@ def test_techniques_differ_in_the_learning_rate_and_in_options_of_their_own_only
     assert all(row == shared[0] for row in shared) and {row.get("dropout", 0.0) for row in rows} == {0.0}
 
 
+# -- tools/texts.py ---------------------------------------------------------------------------------------
+
+TABLE = [("good film", "1"), ("bad film, very bad", "0"), ("\"fine\" cast", "1"), ("dull plot", "0")]
+
+
+ROWS = 'good film{0}1\n"bad film, very bad"{0}0\n"""fine"" cast"{0}1\ndull plot{0}0\n'
+
+
+@pytest.mark.parametrize("name, content, lines", [
+    ("a.csv", "text,label\n" + ROWS.format(","), [2, 3, 4, 5]),
+    ("bom.csv", '\ufefflabel,more,text\r\n1,x,good film\r\n0,x,"bad film, very bad"\r\n1,"x\r\ny","""fine"" cast"\r\n'
+                '0,x,dull plot', [2, 3, 4, 6]),
+    ("capital.CSV", "Text,LABEL\n" + ROWS.format(","), [2, 3, 4, 5]),
+    ("semicolon.csv", "text;label\n" + ROWS.format(";"), [2, 3, 4, 5]),
+    ("excel.csv", "sep=;\r\ntext;label\r\n" + ROWS.format(";"), [3, 4, 5, 6]),
+    ("joined.csv", "text,label\n" + ROWS.format(",") + "\ufefftext,label\n", [2, 3, 4, 5]),
+    ("tab.csv", "text\tlabel\n" + ROWS.format("\t"), [2, 3, 4, 5]),
+    ("one_name.tsv", "sentence\tlabel\n" + ROWS.format("\t"), [2, 3, 4, 5]),
+    ("pandas.tsv", 'more\ttext\tlabel\n"x\ny"\tgood film\t1\n\tbad film, very bad\t0\n\t"""fine"" cast"\t1\n'
+                   '""\tdull plot\t0', [2, 4, 5, 6]),
+    ("raw.tsv", 'text\tlabel\ngood film\t1\nbad film, very bad\t0\n"fine" cast\t1\ndull plot\t0\n', [2, 3, 4, 5]),
+    ("bare.csv", ROWS.format(","), [1, 2, 3, 4]),
+    ("bare.txt", '1\tgood film\n0\tbad film, very bad\n1\t"fine" cast\n\n0\tdull plot\n', [1, 2, 3, 5]),
+    ("utf_16.csv", ("text,label\n" + ROWS.format(",")).encode("utf-16"), [2, 3, 4, 5]),
+    ("packed.csv.gz", gzip.compress(("text,label\n" + ROWS.format(",")).encode()), [2, 3, 4, 5]),
+    ("a.jsonl", "\n\n".join(json.dumps({"text": text, "label": int(label)}) for text, label in TABLE), [1, 3, 5, 7]),
+    ("array.json", json.dumps([{"Text": text, "id": 7, "label": int(label)} for text, label in TABLE], indent=1),
+     [1, 2, 3, 4])])
+def test_the_same_table_is_read_in_every_form(tmp_path, tiny, name, content, lines):
+    path = write_files(tmp_path, {name: content}) / name
+    assert [row[1:] for row in texts.read_file(path) if row[1]] == TABLE
+    corpus = corpus_of(path, tiny=tiny)
+    assert corpus.classes == ["0", "1"] and corpus.labels.tolist() == [1, 0, 1, 0] and corpus.line.tolist() == lines
+    assert texts.read_texts(corpus, [2, 0]) == [TABLE[2][0], TABLE[0][0]]
+
+
+@pytest.mark.parametrize("content, reading, text", [
+    ("caf\u00e9".encode("cp1252"), {}, "caf\u00e9"), ("caf\u00e9".encode("utf-16"), {}, "caf\u00e9"),
+    ("\u597d\u7684".encode("gb18030"), {"encoding": "gb18030"}, "\u597d\u7684"),
+    ("caf\u00e9".encode("utf-16-le"), {"encoding": "utf-16-le"}, "caf\u00e9")])
+def test_a_text_is_read_in_its_encoding(tmp_path, content, reading, text):
+    encoding = reading.get("encoding") or ("utf-16-le" if content[:2] == b"\xff\xfe" else "ascii")
+    path = write_files(tmp_path, {"a.csv": content + ",pos\n".encode(encoding)}) / "a.csv"
+    assert list(texts.read_file(path, **reading)) == [(1, text, "pos")]
+
+
+@pytest.mark.parametrize("names, expected", [
+    ([*map(str, range(12))], [*map(str, range(12))]), (["10", "-1", "9"], ["-1", "9", "10"]),
+    (["10", "9", "b"], ["10", "9", "b"]), (["2.5", "10"], ["10", "2.5"])])
+def test_classes_that_are_whole_numbers_are_sorted_by_value(tmp_path, tiny, names, expected):
+    rows = [f"film {number},{name}\n" for number, name in enumerate(names[::-1] * 2)]
+    path = write_files(tmp_path, {"a.csv": "text,label\n" + "".join(rows)}) / "a.csv"
+    assert corpus_of(path, tiny=tiny).classes == expected
+
+
+def test_a_folder_with_one_subfolder_a_class_is_a_data_set(tmp_path, tiny):
+    folder = write_files(tmp_path / "train", {
+        "pos/1_9.txt": "good\nfilm\n", "neg/10_2.txt": "dull plot", "neg/2_1.TXT": "bad film", "pos/0_7.txt": "fine",
+        "unsup/0_0.txt": "a film", "pos/.hidden.txt": "x", "pos/readme.md": "x", "urls_pos.txt": "x", ".x/a.txt": "x",
+        "pos/deeper/1.txt": "x", "__MACOSX/pos/._1_9.txt": "x"})
+    corpus = corpus_of(folder, tiny=tiny)
+    assert corpus.classes == ["neg", "pos"] and corpus.labels.tolist() == [0, 0, 1, 1]
+    assert corpus.line.tolist() == [1, 2, 3, 4]
+    assert texts.read_texts(corpus, [3, 0, 2, 1]) == ["good\nfilm", "dull plot", "fine", "bad film"]
+    assert corpus.notes == [
+        f"left out of {folder}: 1 file in ., 1 file in .x, 1 file in __MACOSX/pos, 2 files in pos, 1 file in "
+        "pos/deeper, 1 file in unsup (the texts of a class are the .txt files in its folder)"]
+    more = write_files(tmp_path / "more", {"neg/1.txt": "slow", "neg/2.txt": b"weak caf\xe9", "pos/1.txt": "warm",
+                                            "pos/2.txt": b"funny caf\xe9"})
+    both = corpus_of(folder, more, tiny=tiny)
+    assert (f"{more}/neg/2.txt, line 1: not UTF-8, so 1 such line read as Windows-1252 (--encoding names another); "
+            "2 such files") in both.notes
+    assert both.file.tolist() == [0] * 4 + [1] * 4 and texts.read_texts(both, [0, 4]) == ["dull plot", "slow"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such name")
+def test_a_class_folder_whose_name_is_not_utf_8_is_refused(tmp_path, tiny):
+    folder = write_files(tmp_path / "data", {"pos/a.txt": "good", "caf\udce9/b.txt": "bad"})
+    with user_error(f"{folder}: the name of the class folder", "is not UTF-8"):
+        corpus_of(folder, tiny=tiny)
+
+
+def test_the_fingerprint_of_a_folder_depends_on_names_and_contents_of_its_texts_only(tmp_path, reviews):
+    contents = {"pos/a.txt": "good", "neg/b.txt": "bad"}
+    renamed = {"neg/a.txt": "bad", "pos/b.txt": "good"}
+    variants = [contents, contents | {"unsup/c.txt": "x"}, contents | {"pos/a.txt": "bad"}, renamed]
+    folders = [write_files(tmp_path / str(number), variant) for number, variant in enumerate(variants)]
+    prints = [texts.fingerprint(folder) for folder in folders]
+    assert prints[0] == prints[1] and len(set(prints)) == 3
+    assert texts.fingerprint(reviews) == files.sha256(reviews)
+
+
+GOOD = "text,label\n" + "".join(f"good film {word},pos\nbad film {word},neg\n" for word in WORDS)
+
+
+@pytest.mark.parametrize("name, content, note", [
+    ("a.csv", GOOD.encode() + b"caf\xe9 a,pos\ncaf\xe9 b,neg\n",
+     "{path}, line 42: not UTF-8, so 2 such lines read as Windows-1252 (--encoding names another)"),
+    ("a.tsv", GOOD.replace(",", "\t") + '"fine" cast\tpos\n"cast"\tpos\n',
+     "{path}: not every field that begins with a quotation mark ends with one, so quotation marks are part of the text "
+     "(2 fields)"),
+    ("a.tsv", GOOD.replace(",", "\t") + '"fine cast\tpos\n"dull film\tneg\nfine"\tpos\n',  # marks of other rows
+     "{path}: not every field that begins with a quotation mark ends with one, so quotation marks are part of the text "
+     "(2 fields)"),
+    ("a.csv", GOOD + "\ntext,label\nslow film,neg\ntext,label\n",
+     "left out 2 rows of {path} equal to the names of its columns"),
+    ("a.csv", GOOD + "fine cast,Pos\nwarm cast,Pos\n",
+     "warning: some classes differ in case or number format only: Pos, pos"),
+    ("a.csv", GOOD.replace("pos", "1").replace("neg", "0") + "fine cast,1.0\nwarm cast,1.0\n",
+     "warning: some classes differ in case or number format only: 1, 1.0"),
+    ("a.csv", GOOD + "sushi,pos\n", "0.8% of the tokens are [UNK]: the vocabulary of the weights lacks them"),
+    ("a.csv", GOOD + "sushi ramen " * 9 + ",pos\n",
+     "warning: 13.0% of the tokens are [UNK]: the vocabulary of the weights lacks them; take weights for this "
+     "language, or multilingual ones, with --weights"),
+    ("a.csv", GOOD + ",pos\n", "skipped 1 row without text in {path}"),
+    ("a.csv", GOOD + "good film a,pos\n", "dropped 1 repeated sentence")])
+def test_what_is_left_out_or_read_in_a_second_way_is_noted(tmp_path, tiny, name, content, note):
+    path = write_files(tmp_path, {name: content}) / name
+    assert note.format(path=path) in corpus_of(path, tiny=tiny).notes
+
+
+@pytest.mark.parametrize("name, content, parts", [(name, content, parts) for name, content, *parts in [
+    ("mine.csv", "", "mine.csv holds no sentences"),
+    ("mine.csv", "text,label\n,pos\n  ,neg\n", "mine.csv holds no sentences"),
+    ("mine.csv", "text,label\na,pos\nb,pos\n", "every label is 'pos'"),
+    ("mine.csv", GOOD.replace("text,label", "review,stars"), "line 1: ", "1 sentence labelled 'stars'",
+     "--label-column"),
+    ("mine.csv", "id,text,class\n1,good,a\n", "no column 'label' but 'id', 'text', 'class'", "--label-column"),
+    ("mine.csv", "sentence\ngood\n", "no column 'text' but 'sentence'", "--text-column"),
+    ("mine.csv", GOOD + "once,more\n", "line 42: ", "1 sentence labelled 'more'"),
+    ("mine.csv", GOOD + "no label,\n", "line 42", "without a label"),
+    ("mine.csv", GOOD + "one, two,pos\n", "line 42", "3 columns where the first line has 2"),
+    ("mine.csv", GOOD + '"open,pos\nand,pos\n', "line 42", "check quotation marks"),
+    ("mine.csv", GOOD.encode() + b"\x81,pos\n", "line 42: not plain text", "--encoding"),
+    ("mine.csv", GOOD + "nul\0,pos\n", "line 42: not plain text", "NUL byte"),
+    ("mine.csv.gz", GOOD, "mine.csv.gz could not be read (Not a gzipped file"),
+    ("mine.csv.gz", gzip.compress(GOOD.encode())[:-20], "mine.csv.gz could not be read (Compressed file ended"),
+    *(("mine.jsonl", f'{{"text": "fine", "label": 1}}\n{line}\n', "mine.jsonl, line 2") for line in (
+        "not json", '["a"]', '[{"text": "a", "label": 1}]', '{"text": "a"}', '{"text": 3, "label": 1}', '{"label": 1}',
+        '{"text": "a", "label": []}', '{"text": "a", "label": null}', '{"text": "a", "label": NaN}',
+        '{"text": "\\ud800", "label": 1}', "[" * 100_000)),
+    ("mine.json", '[{"text": "fine", "label": 1}, 3]', "mine.json, line 2: not a JSON object (3)"),
+    ("mine.json", '[{"text": "fine", "label": 1}', "mine.json, line 1: not a JSON object"),
+    ("flat/a.txt", "good", "flat holds no sentences"),
+    ("a/pos/1.md", "good", "pos holds no .txt file, but each subfolder is a class"),
+    ("a/pos/deeper/1.txt", "good", "pos holds no .txt file"),
+    ("a/pos/1.txt", b"\x81", "pos/1.txt, line 1: not plain text"),
+    ("a/pos/1.txt/file", "good", "pos/1.txt could not be read")]])
+def test_a_file_or_folder_that_cannot_be_used_is_one_clear_line(tmp_path, tiny, name, content, parts):
+    write_files(tmp_path, {name: content})
+    with user_error(*parts):
+        corpus_of(tmp_path / name.partition("/")[0], tiny=tiny)
+
+
+def test_the_root_of_an_archive_and_a_path_that_is_not_there_are_refused(tmp_path, tiny):
+    root = write_files(tmp_path, {"train/pos/1.txt": "good", "test/pos/1.txt": "good", "train/urls.txt": "x"})
+    for use in (texts.fingerprint, lambda path: corpus_of(path, tiny=tiny)):
+        with user_error(f"give --data {root}/train --test {root}/test"):
+            use(root)
+    with user_error("gone.csv is not a file or folder"):
+        corpus_of(tmp_path / "gone.csv", tiny=tiny)
+
+
+@pytest.mark.parametrize("content, parts", [
+    ("text\ngood film\n", ("no column 'label'",)), ("text,label\ngood film,\n", ("line 2: a text without a label",)),
+    ("id,text\n1,good film\n2,bad film\n", ("none of its labels ('1', '2') occurs in",)),
+    ("text,label\ngood film,-1\nbad film,-1\n", ("none of its labels ('-1') occurs in",))])
+def test_a_test_file_without_labels_is_refused_with_the_way_to_predict_them(tmp_path, tiny, reviews, content, parts):
+    test = write_files(tmp_path, {"test.csv": content}) / "test.csv"
+    with user_error(str(test), "python -m minipeft predict RUN --csv FILE", *parts):
+        corpus_of(test, reviews, tiny=tiny)
+
+
+def test_options_say_how_the_data_are_read_in_training_and_prediction(make_settings, reviews, tmp_path, capsys):
+    """The file has other names of columns, another separator, and an encoding that nobody could guess."""
+    rows = list(csv.reader(reviews.read_text().splitlines()[1:]))
+    content = "?|stars|review\n" + "".join(f"?|{label}|{text}\n" for text, label in rows)
+    path = write_files(tmp_path, {"other.csv": content.encode("utf-16-be")}) / "other.csv"
+    usual = train.run(make_settings("head"))
+    named = train.run(make_settings("head", "--data", path, "--text-column", "Review", "--label-column", "stars",
+                                    "--separator", "|", "--encoding", "utf-16-be", out="other"))
+    assert named["test"] == usual["test"] and named["classes"] == usual["classes"]
+    capsys.readouterr()
+    assert command_line.main(["predict", str(tmp_path / "other"), "--csv", str(path)]) == 0
+    predicted = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [[row["review"], row["stars"]] for row in predicted] == rows
+    logits = dict(zip(named["test"]["lines"], named["test"]["logits"]))
+    for line, (low, high) in logits.items():
+        assert predicted[line - 2]["prediction"] == ("good" if high > low else "bad")
+
+
+def test_rows_without_text_are_skipped_and_long_texts_cut_and_both_are_counted(tmp_path, tiny):
+    path = tmp_path / "a.csv"
+    path.write_text(f"text,label\n{'good ' * 40_000},1\n,0\n\nbad,0\ngood film,1\n  good film ,1\nbad plot,0\n")
+    corpus = corpus_of(path, tiny=tiny)
+    assert corpus.notes == [f"skipped 1 row without text in {path}", "cut 1 of 5 texts to 40 tokens (--max-length)",
+                            "dropped 1 repeated sentence"]
+    assert corpus.line.tolist() == [2, 5, 6, 8] and corpus.lengths.tolist() == [40, 3, 4, 4]
+    assert corpus.hashes[3] == texts.hash_text("bad plot")
+    expected = [[2] + [4] * 38 + [3], [2, 9, 3], [2, 4, 16, 3], [2, 9, 17, 3]]  # 2, 3, 4: [CLS], [SEP], good
+    assert [ids.tolist() for ids in corpus.sentences(range(4))] == expected
+
+
+def test_a_text_with_two_labels_is_left_out_and_shown(tmp_path, tiny):
+    path = tmp_path / "mine.csv"
+    path.write_text(GOOD + "bad plot,neg\n good film good,neg\nGood film  good,neg\ngood film good,pos\nbad plot,pos\n")
+    corpus = corpus_of(path, tiny=tiny)
+    assert corpus.notes == [f"left out 5 sentences of {path} whose text occurs with more than one label (2 texts), "
+                            "such as 'good film good': 'pos' in line 2, 'neg' in line 43"]
+    assert set(range(2, 47)) - set(corpus.line) == {2, 42, 43, 45, 46}  # 44 differs in its spelling
+
+
+def test_each_row_of_a_test_file_is_scored_and_nothing_like_it_is_trained_on(tmp_path, tiny, reviews):
+    header, *lines = reviews.read_text().splitlines()
+    mine, test = tmp_path / "mine.csv", tmp_path / "test.csv"
+    mine.write_text("\n".join([header, *lines, lines[0], lines[1].replace(",bad", ",good")]))  # both in the test file
+    test.write_text("\n".join([header, *lines[:40], *lines[:3], lines[0].replace(",good", ",bad"),
+                               lines[1].upper().replace(",BAD", ",bad"), ",good"]))
+    corpus = corpus_of(test, mine, tiny=tiny)
+    train_set, dev_set, test_set = data.split(corpus)
+    rest = [*train_set, *dev_set]
+    assert corpus.line[test_set].tolist() == list(range(2, 47)) and set(corpus.file[test_set]) == {0}
+    assert corpus.line[rest].min() == 42 and set(corpus.file[rest]) == {1} and len(rest) == len(corpus) - 45
+    assert corpus.notes == [f"skipped 1 row without text in {test}",
+                            f"left out 42 sentences of {mine} found in {test} too"]
+    test.write_text("text,label\nfine,good\nfine,excellent\n")  # known and unknown
+    with user_error(f"{test}, line 3: {reviews} has 0 sentences labelled 'excellent'"):
+        corpus_of(test, reviews, tiny=tiny)
+
+
+@pytest.mark.parametrize("name, content, names, rows", [
+    ("a.csv", "id;text\n1;good, warm\n2;dull\n", ["id", "text"], [["1", "good, warm"], ["2", "dull"]]),
+    ("a.tsv", "text\n\"good\" film\ndull, slow\n", ["text"], [["\"good\" film"], ["dull, slow"]]),
+    ("a.jsonl", '{"text": "good", "n": 1}\n{"n": 2, "text": "dull"}\n', ["text", "n"], [["good", 1], ["dull", 2]]),
+    ("a.json", '[{"text": "good"}, {"text": "dull"}]', ["text"], [["good"], ["dull"]])])
+def test_a_table_without_labels_can_be_opened_for_prediction(tmp_path, name, content, names, rows):
+    table = texts.open_table(write_files(tmp_path, {name: content}) / name, [], labelled=False)
+    assert table.names == names and [row for _, row in table.rows] == rows and names[table.text] == "text"
+
+
+@pytest.mark.parametrize("words, part", [
+    ("--separator ab", "'ab' is not one character"), ("--encoding utf-99", "'utf-99' is not an encoding"),
+    ("--encoding rot13", "'rot13' is not an encoding")])
+def test_an_encoding_or_a_separator_that_does_not_exist_is_one_clear_line(capsys, words, part):
+    with pytest.raises(SystemExit):
+        options.parse(["head", *words.split()])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and part in error
+    assert options.parse(["head", "--separator", "tab"]).separator == "\t"
+
+
 # -- tools/checkpoint.py and using a run ------------------------------------------------------------------
 
 @pytest.fixture
@@ -1639,10 +1797,23 @@ def test_other_base_weights_are_refused(finished_run, tiny, tmp_path):
     checkpoint.open_run(finished_run, shutil.copytree(tiny, tmp_path / "moved"))  # hashes decide, not paths
 
 
+def test_a_run_with_weights_from_a_relative_path_is_used_in_any_folder(make_settings, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.parent)
+    settings = make_settings("head", "--weights", tiny.name, "--epochs", 1)
+    train.run(settings)
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.open_run(settings.out)[2] == tiny.resolve()
+    settings.weights, nothing = "some/model", SimpleNamespace(files=[], classes=[])  # a name on the Hub stays
+    record = checkpoint.start_record("", settings, Compute(), tiny, nothing, {}, {})
+    assert record["settings"]["weights"] == "some/model"
+
+
+PREDICT = [sys.executable, "-m", "minipeft", "predict"]
+
+
 def test_classifying_from_the_shell(finished_run, capsys):
-    given = subprocess.run([sys.executable, "-m", "minipeft", "predict", str(finished_run)], cwd=ROOT,
-                           check=True, text=True,
-                           capture_output=True, input="a good warm film\n\na bad dull plot\n").stdout.splitlines()
+    given = subprocess.run([*PREDICT, str(finished_run)], cwd=ROOT, check=True, text=True, capture_output=True,
+                           input="a good warm film\r\n\na bad dull plot").stdout.splitlines()
     assert command_line.main(["predict", str(finished_run), "a good warm film", "a bad dull plot"]) == 0
     lines = capsys.readouterr().out.splitlines()[-2:]
     assert [line.split("\t")[0] for line in lines] == ["good", "bad"]
@@ -1652,6 +1823,96 @@ def test_classifying_from_the_shell(finished_run, capsys):
     assert error.count("\n") == 1 and "no finished run" in error
 
 
+def test_a_program_gets_the_answer_to_a_line_before_it_writes_the_next(finished_run):
+    with subprocess.Popen([*PREDICT, str(finished_run)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          encoding="utf-8", bufsize=1) as process:
+        guard = threading.Timer(300, process.kill)  # instead of waiting for ever
+        guard.start()
+        for text, label in (("a good warm film", "good"), ("a bad dull plot", "bad")):
+            process.stdin.write(text + "\n")
+            answer = process.stdout.readline().split("\t")
+            assert (answer[0], answer[2]) == (label, text + "\n")
+        process.stdin.close()
+        assert process.wait() == 0
+        guard.cancel()
+
+
+def test_a_terminal_shows_a_prompt_and_other_encodings_are_one_clear_line(finished_run, capsys, monkeypatch):
+    def given(content, terminal):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: terminal, buffer=io.BytesIO(content)))
+        capsys.readouterr()
+        return command_line.main(["predict", str(finished_run)]), *capsys.readouterr()
+    code, out, error = given(b"a good warm film\n", True)
+    assert code == 0 and out.startswith("good\t") and error.count("> ") == 2
+    code, out, error = given(b"caf\xe9\n", False)
+    assert (code, out, error.count("\n")) == (2, "", 1) and "not UTF-8" in error
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["predict", None, "a good warm film"]])
+def test_output_that_nobody_reads_ends_without_a_message(finished_run, arguments):
+    words = [str(word or finished_run) for word in arguments]
+    with subprocess.Popen([sys.executable, "-m", "minipeft", *words], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_the_output_of_a_notebook_is_written_to_as_it_is(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["minipeft", "--help"])
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("minipeft", run_name="__main__")
+    assert stop.value.code == 0 and "predict" in sys.stdout.getvalue()
+
+
+def test_a_csv_file_is_classified_with_probabilities(finished_run, tmp_path, capsys):
+    run, path = finished_run, tmp_path / "in.csv"
+    capsys.readouterr()  # what training prints
+    path.write_text('id,text\n1,"a good, warm film"\n2,"dull\nand slow"\n', encoding="utf-8-sig")
+    assert command_line.main(["predict", str(run), "--csv", str(path)]) == 0
+    header, *rows = csv.reader(capsys.readouterr().out.splitlines(keepends=True))
+    assert header == ["id", "text", "prediction", "p(bad)", "p(good)"] and [row[0] for row in rows] == ["1", "2"]
+    assert rows[1][1] == "dull\nand slow"
+    for row in rows:
+        assert row[2] == ("good" if float(row[4]) > 0.5 else "bad") and abs(float(row[3]) + float(row[4]) - 1) < 2e-4
+    path.write_text(f"id,text\n1,{'long ' * 30000}\n")  # beyond the csv module's limit for a field
+    assert command_line.main(["predict", str(run), "--csv", str(path)]) == 0 and "texts cut" in capsys.readouterr().err
+    wrong = {"id,review\n1,x\n": "no column 'text'", "id,text\n1,a,b\n": "line 2: 3 columns", "": "is empty"}
+    for content, part in wrong.items():
+        path.write_text(content)
+        assert command_line.main(["predict", str(run), "--csv", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and part in error
+
+
+def test_evaluating_a_run_on_its_test_sentences_gives_the_numbers_of_its_record(
+        finished_run, reviews, tmp_path, capsys):
+    record, path = checkpoint.read_record(finished_run / "run.json"), tmp_path / "new.csv"
+    rows = reviews.read_text().splitlines()
+    lines = [rows[line - 1] for line in record["test"]["lines"]]
+    path.write_text("\n".join(["text,label", *lines, " ,good"]))
+    capsys.readouterr()
+    assert command_line.main(["evaluate", str(finished_run), str(path)]) == 0
+    out = capsys.readouterr().out
+    counts = np.array([line.split()[1:] for line in out.splitlines()[-2:]], int)  # the table of confusions
+    assert counts.sum(1).tolist() == [sum(line.endswith(label) for line in lines) for label in ("bad", "good")]
+    assert np.trace(counts) / counts.sum() == record["metrics"]["test_accuracy"]
+    assert f"loss {record['metrics']['test_loss']:.3f}" in out and "skipped 1 row without text" in out
+    assert "warning" not in out and command_line.main(["evaluate", str(finished_run), str(reviews)]) == 0
+    assert "was trained on" in capsys.readouterr().out
+    for content, part in (("text,label\nfine,good\nwarm,Good\n", "line 3: the label 'Good' is none of"),
+                          ("text,label\nfine,good\nwarm,\n", "line 3: a text without a label"),
+                          ("text,label\n", "holds no sentences"), ("review,label\nfine,good\n", "--text-column")):
+        path.write_text(content)
+        if part == "--text-column":
+            assert command_line.main(["evaluate", str(finished_run), str(path), "--text-column", "review"]) == 0
+            continue
+        assert command_line.main(["evaluate", str(finished_run), str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and part in error
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 @pytest.mark.parametrize("damage", [truncated, over_long_header, lambda content: b"", lambda content: b"[]"])
 def test_damaged_weights_are_one_clear_line(tiny, tmp_path, make_settings, capsys, name, damage):
@@ -1659,6 +1920,45 @@ def test_damaged_weights_are_one_clear_line(tiny, tmp_path, make_settings, capsy
         shutil.copy(file, tmp_path / file.name)
     (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
     refused(make_settings("lora", "--weights", tmp_path), capsys, name)
+
+
+# -- tools/metrics.py -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("right, total, printed", [(81, 263, (.2553, .3662)), (15, 148, (.0624, .1605)),
+                                                   (0, 20, (.0, .1611)), (1, 29, (.0061, .1718)), (1, 1, (.2065, 1))])
+def test_the_interval_of_a_proportion_agrees_with_a_printed_table(right, total, printed):
+    assert wilson(right, total) == pytest.approx(printed, abs=6e-5)  # Newcombe 1998, table I, method 3
+
+
+def test_macro_f1_and_the_correlation_by_hand():
+    labels, predictions = np.repeat([0, 0, 1, 1], [50, 10, 5, 35]), np.repeat([0, 1, 0, 1], [50, 10, 5, 35])
+    counts = confusion(labels, predictions, 2)
+    assert counts.tolist() == [[50, 10], [5, 35]]
+    assert macro_f1(counts) == pytest.approx((100 / 115 + 70 / 85) / 2)
+    assert matthews(counts) == pytest.approx(np.corrcoef(labels, predictions)[0, 1])
+    assert macro_f1(confusion(labels, predictions, 3)) == macro_f1(counts)  # a class that does not occur
+    assert matthews(confusion(labels, np.zeros_like(labels), 2)) == 0  # one constant answer
+    assert matthews(np.diag([3, 2, 5])) == 1
+
+
+def test_the_summary_is_honest_about_few_sentences_and_a_large_class():
+    one, _ = summary(np.array([[0.0, 3.0]]), np.array([1]), ["bad", "good"])
+    assert one == "accuracy 100.0% on 1 sentence [20.7, 100.0] (95% interval), largest class 100.0% (good)"
+    ham, numbers = summary(np.tile([1.0, 0.0], (1000, 1)), np.arange(1000) % 5 // 4, ["ham", "spam"])
+    assert ham == "accuracy 80.0% on 1,000 sentences [77.4, 82.4] (95% interval), largest class 80.0% (ham)"
+    assert numbers == "loss 0.513, macro-F1 0.444, Matthews correlation 0.000"
+    _, three = summary(np.eye(3), np.arange(3), ["a", "b", "c"])
+    assert three == "loss 0.551, macro-F1 1.000"
+
+
+@pytest.mark.parametrize("classes, row", [
+    (["bad", "a class of a long name"], "bad 1 4"), ([str(number) for number in range(77)], "3 0 1")])
+def test_confusions_are_a_table_or_the_most_frequent_ones_within_100_columns(classes, row):
+    labels = np.repeat(np.arange(len(classes)), 5)
+    logits = np.eye(len(classes))[labels]
+    logits[:3, 1] = logits[4, -1] = 2
+    shown = confusions(logits, labels, classes)
+    assert max(map(len, shown)) <= 100 and [line.split() for line in shown].count(row.split()) == 1
 
 
 # -- tools/files.py ---------------------------------------------------------------------------------------
@@ -1756,7 +2056,7 @@ def test_weights_may_be_a_folder_or_a_name_on_the_hub(elsewhere, tiny, monkeypat
     with user_error("config.json could not be read"):
         download.hash_weights(folder)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with user_error("some/model: not a folder", "(OSError: no network here). By hand"):
+    with user_error("some/model: not a folder", "OSError: no network here). By hand", "weights/README.md"):
         download.find_weights("some/model")
 
 
@@ -2010,27 +2310,15 @@ def finished_runs(tiny, reviews, tmp_path_factory):
     return finish
 
 
-def peft_folder(tiny, folder, config=None, layers=("query", "value"), rank=4, prefix="", head=False, change=None):
-    """A folder as peft writes it, with random tensors for layers that end in these names."""
-    folder.mkdir()
-    torch.manual_seed(0)
-    usual = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": list(layers), "bias": "none",
-             "task_type": "SEQ_CLS" if head else None, "megatron_core": "megatron.core", "qalora_group_size": 16,
-             "use_dora": False, "loftq_config": {}, "layer_replication": None, "peft_version": "0.21.2"}
-    tensors = {}
-    for theirs, ours in interop.names(load_bert(tiny), nn.Linear).items():
-        if ours.endswith(tuple(layers)):
-            outputs, inputs = load_bert(tiny).get_submodule(ours).weight.shape
-            tensors[f"base_model.model.{prefix}{theirs}.lora_A.weight"] = torch.randn(rank, inputs)
-            tensors[f"base_model.model.{prefix}{theirs}.lora_B.weight"] = torch.randn(outputs, rank)
-    if head:
-        tensors |= {"base_model.model.classifier.weight": torch.randn(3, 32),
-                    "base_model.model.classifier.bias": torch.randn(3)}
-    if change:
-        change(tensors)
-    (folder / "adapter_config.json").write_text(json.dumps(usual | (config or {})))
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    return folder
+def test_a_saved_encoder_has_hugging_face_s_names_and_loads_to_the_same_bits(tiny, tmp_path):
+    encoder = load_bert(tiny)
+    save_bert(encoder, tmp_path / "copy")
+    assert load_file(tmp_path / "copy" / "model.safetensors").keys() == load_file(tiny / "model.safetensors").keys()
+    assert same_bits(bits(load_bert(tmp_path / "copy")), bits(encoder))
+    add_lora(encoder)
+    with pytest.raises(ValueError, match="call merge_lora or remove_adapters first"):
+        save_bert(encoder, tmp_path / "wrapped")
+    assert not (tmp_path / "wrapped").exists()
 
 
 def refusal(function, *arguments):
@@ -2040,30 +2328,12 @@ def refusal(function, *arguments):
     return str(error.value)
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_a_lora_run_exported_for_peft_and_imported_is_the_same_run(finished_runs, tiny, tmp_path, capsys, pooling):
-    run = finished_runs("lora", pooling, "--rank", "3", "--rslora", "--top-layers", "1")
-    assert command_line.main(["export", str(run), str(tmp_path / "peft"), "--to", "peft"]) == 0
-    assert command_line.main(["import", str(tmp_path / "peft"), str(tmp_path / "back"), "--weights", str(tiny)]) == 0
-    one, before, _ = checkpoint.open_run(run)
-    other, after, _ = checkpoint.open_run(tmp_path / "back")
-    assert same_bits(bits(one), bits(other)) and after["classes"] == before["classes"] == ["bad", "good"]
-    assert after["settings"]["max_length"] == 40
-    capsys.readouterr()
-    for folder in (run, tmp_path / "back"):
-        command_line.main(["predict", str(folder), "a good warm film", "dull and slow"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == lines[2:]
-    interop.export(tmp_path / "back", tmp_path / "again", "peft")
-    assert same_bits(*(load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again")))
-
-
 def test_the_files_for_peft_have_its_names_shapes_and_keys(finished_runs, tmp_path):
     run = finished_runs("lora", "cls", "--rank", "3", "--rslora", "--top-layers", "1")
     interop.export(run, tmp_path / "peft", "peft")
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert list(config) == sorted(config) and config["task_type"] == "SEQ_CLS" and config["use_rslora"] is True
-    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (3, 16, {})
+    assert (config["r"], config["lora_alpha"]) == (3, 16)
     assert set(config["modules_to_save"]) == {"classifier", "pooler", "score"}
     tensors, about = read_safetensors(tmp_path / "peft" / "adapter_model.safetensors")
     assert about["format"] == "pt" and len(tensors) == 6 * 2 + 4
@@ -2081,7 +2351,8 @@ def test_a_run_exported_for_transformers_is_a_checkpoint(finished_runs, tmp_path
     interop.export(run, folder, "transformers")
     model, _, weights = checkpoint.open_run(run)
     config = json.loads((folder / "config.json").read_text())
-    assert config["id2label"] == {"0": "bad", "1": "good"} and config["hidden_dropout_prob"] == 0
+    assert config.get("id2label") == ({"0": "bad", "1": "good"} if pooling == "cls" else None)
+    assert config["model_type"] == "bert" and config["hidden_dropout_prob"] == 0
     assert config["architectures"] == ["BertForSequenceClassification" if pooling == "cls" else "BertModel"]
     tensors = load_file(folder / "model.safetensors")
     encoder, ids = load_bert(folder), random_ids()
@@ -2089,12 +2360,43 @@ def test_a_run_exported_for_transformers_is_a_checkpoint(finished_runs, tmp_path
     assert (folder / "tokenizer.json").read_bytes() == (weights / "tokenizer.json").read_bytes()
     if pooling == "cls":
         assert all(name.startswith(("bert.", "classifier.")) for name in tensors)
-        assert not (folder / "head.safetensors").exists()
-        head = {"dense.weight": encoder.pooler.weight, "classifier.weight": tensors["classifier.weight"]}
+        assert not (folder / "head.safetensors").exists() and not (folder / "README.md").exists()
+        head = {"dense.weight": load_pooler(folder).weight, "classifier.weight": tensors["classifier.weight"]}
     else:
-        assert torch.equal(encoder.pooler.weight, load_bert(weights).pooler.weight)
+        assert torch.equal(load_pooler(folder).weight, load_pooler(weights).weight)
         head = load_file(folder / "head.safetensors")
     assert all(torch.equal(tensor, model.head.state_dict()[name]) for name, tensor in head.items())
+
+
+@pytest.mark.parametrize("technique, more, to, lines", [
+    ("head", [], "transformers", 8), ("lora", [], "peft", 10), ("adapter", ["--norms"], "adapters", 11)])
+def test_a_head_that_the_library_has_no_place_for_comes_with_the_lines_that_use_it(
+        finished_runs, tmp_path, capsys, technique, more, to, lines):  # which benchmarks/parity.py runs
+    run = finished_runs(technique, "mean", *more)
+    capsys.readouterr()
+    assert command_line.main(["export", str(run), str(tmp_path / "out"), "--to", to]) == 0
+    assert "the head is in head.safetensors" in capsys.readouterr().out
+    block, = blocks((tmp_path / "out" / "README.md").read_text(), "python")
+    compile(block, "README.md", "exec")
+    assert len(block.splitlines()) == lines
+
+
+def test_the_help_of_training_and_of_export_says_which_runs_can_be_exported_to_what(capsys):
+    for show in (options.parse, command_line.main):
+        with pytest.raises(SystemExit):
+            show(["lora" if show is options.parse else "export", "--help"])
+        assert options.EXPORT in " ".join(capsys.readouterr().out.split())
+
+
+def test_special_tokens_are_those_of_the_tokenizer_whatever_they_are_called(tiny, tmp_path):
+    theirs = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
+    assert interop.special_tokens(tiny) == theirs
+    content = json.loads((tiny / "tokenizer.json").read_text()) | {"padding": None}
+    text = json.dumps(content)
+    for token in theirs.values():
+        text = text.replace(token, f"<{token[1]}>")
+    (tmp_path / "tokenizer.json").write_text(text)
+    assert interop.special_tokens(tmp_path) == {key: f"<{token[1]}>" for key, token in theirs.items()}
 
 
 def test_adapters_are_exported_for_adapterhub_and_refused_elsewhere(finished_runs, tmp_path):
@@ -2112,149 +2414,6 @@ def test_adapters_are_exported_for_adapterhub_and_refused_elsewhere(finished_run
     assert "no trained norms" in refusal(interop.export, finished_runs("adapter", "mean"), tmp_path / "no", "adapters")
     assert "no trained norms" in refusal(interop.export, finished_runs("lora", "mean"), tmp_path / "no", "adapters")
     assert not (tmp_path / "no").exists()
-
-
-LAYERS = [f"layers.{i}.attention.{name}" for i in (0, 1) for name in ("query", "value")]
-
-
-@pytest.mark.parametrize("config, prefix, scaling", [
-    ({}, "", [2, 2, 2, 2]),
-    ({"use_rslora": True}, "", [4, 4, 4, 4]),
-    ({"target_modules": r".*\.self\.(query|value)"}, "bert.", [2, 2, 2, 2]),
-    ({"target_modules": ["self.query", "encoder.layer.0.attention.self.value", "layer.1.attention.self.value"]}, "",
-     [2, 2, 2, 2]),
-    ({"alpha_pattern": {"value": 2, r"^encoder.layer.1.*query": 20}}, "", [2, 0.5, 5, 0.5]),
-    ({"r": 7, "rank_pattern": {r"layer\.\d\.attention\.self\.\w+": 4}}, "", [2, 2, 2, 2]),
-])
-def test_targets_patterns_and_rank_stabilised_scaling_of_peft_are_honoured(tiny, tmp_path, config, prefix, scaling):
-    folder = peft_folder(tiny, tmp_path / "peft", config, prefix=prefix, head=bool(prefix))
-    encoder, settings = load_bert(tiny), options.parse(["lora", "--init-from", str(folder)])
-    interop.start_lora(encoder, settings)
-    found = {name: module for name, module in encoder.named_modules() if isinstance(module, LoRALinear)}
-    assert list(found) == LAYERS and [module.scaling for module in found.values()] == scaling
-    tensors, x = load_file(folder / "adapter_model.safetensors"), torch.randn(5, 32)
-    for name, module in found.items():  # W0 x + b0 + scaling B A x, with the tensors of the file
-        base = f"base_model.model.{prefix}{hugging_face_name(name + '.weight').removesuffix('.weight')}"
-        A, B = tensors[f"{base}.lora_A.weight"], tensors[f"{base}.lora_B.weight"]
-        torch.testing.assert_close(module(x), module.linear(x) + module.scaling * x @ A.T @ B.T, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("config, parts", [
-    ({"use_dora": True}, ["use_dora = True"]),
-    ({"bias": "lora_only", "layer_replication": [[0, 2]]}, ["bias = 'lora_only'", "layer_replication"]),
-    ({"init_lora_weights": "pissa"}, ["init_lora_weights = 'pissa'"]),
-    ({"modules_to_save": ["embeddings"], "task_type": "CAUSAL_LM"}, ["modules_to_save", "task_type"]),
-    ({"peft_type": "IA3"}, ["peft_type = 'IA3'"]),
-    ({"some_new_option": 1}, ["some_new_option = 1"]),
-    ({"exclude_modules": ["value"]}, ["exclude_modules"]),
-    ({"rank_pattern": [4], "use_rslora": "yes", "target_modules": 3}, ["rank_pattern", "use_rslora", "target_modules"]),
-    ({"r": 10**9}, ["rank 1000000000"]),
-    ({"r": 2.5}, ["rank 2.5"]),
-    ({"lora_alpha": float("inf")}, ["alpha inf"]),
-    ({"target_modules": ["nothing"]}, ["names no linear layer"]),
-    ({"target_modules": "(a+)+b"}, ["too complex"]),
-    ({"alpha_pattern": {"(x*)*": 1}}, ["too complex"]),
-    ({"rank_pattern": {"(e|e)(n|n)" * 15: 1}}, ["too complex"]),
-    ({"rank_pattern": {"e?" * 30 + "e" * 30: 1}}, ["too complex"]),
-    ({"target_modules": "(query"}, ["unterminated subpattern"]),
-])
-def test_what_is_not_understood_in_a_config_is_refused_by_name(tiny, tmp_path, config, parts):
-    message = refusal(interop.read_peft, peft_folder(tiny, tmp_path / "peft", config), load_bert(tiny))
-    assert all(part in message for part in parts), message
-
-
-def test_wrong_tensors_are_one_error_that_lists_all(tiny, tmp_path):
-    def change(tensors):
-        names = list(tensors)
-        tensors[names[0].replace("query", "quary")] = tensors.pop(names[0])
-        tensors[names[1]] = torch.zeros(3, 3)
-        tensors[names[2]] = torch.full_like(tensors[names[2]], math.nan)
-        tensors["base_model.model.encoder.layer.0.attention.self.query.lora_magnitude_vector"] = torch.ones(32)
-    message = refusal(interop.read_peft, peft_folder(tiny, tmp_path / "peft", change=change), load_bert(tiny))
-    for part in ("missing base_model", "unexpected", "quary", "(3, 3)", "not finite", "lora_magnitude_vector"):
-        assert part in message, message
-
-
-def test_files_from_elsewhere_are_not_trusted(tiny, tmp_path):
-    encoder = load_bert(tiny)
-
-    def changed(name, **options):
-        return peft_folder(tiny, tmp_path / name, **options)
-    folder = changed("pickled")
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    assert "adapter_model.safetensors could not be read" in refusal(interop.read_peft, folder, encoder)
-    folder = changed("deep")
-    (folder / "adapter_config.json").write_text("[" * 100_000)
-    assert "damaged" in refusal(interop.read_peft, folder, encoder)
-    folder = changed("long")
-    (folder / "adapter_config.json").write_text(" " * 2_000_000)
-    assert "not read" in refusal(interop.read_peft, folder, encoder)
-    folder = changed("large", change=lambda tensors: tensors.update(more=torch.zeros(50_000_000, dtype=torch.uint8)))
-    assert "not read" in refusal(interop.read_peft, folder, encoder)
-    for damage in (truncated, over_long_header):
-        folder = changed(damage.__name__)
-        path = folder / "adapter_model.safetensors"
-        path.write_bytes(damage(path.read_bytes()))
-        assert "damaged" in refusal(interop.read_peft, folder, encoder)
-    folder = changed("elsewhere", config={"base_model_name_or_path": "/nowhere/at/all"})  # named, never opened
-    assert interop.read_peft(folder, encoder).layers
-
-
-def test_a_sequence_classifier_of_peft_becomes_a_run_with_the_pooler_of_the_base(tiny, tmp_path):
-    folder = peft_folder(tiny, tmp_path / "peft", prefix="bert.", head=True)
-    interop.import_run(folder, tmp_path / "run", tiny, ["a", "b", "c"])
-    model, record, _ = checkpoint.open_run(tmp_path / "run")
-    assert record["classes"] == ["a", "b", "c"] and record["settings"]["pooling"] == "cls"
-    assert torch.equal(model.head.dense.weight, load_bert(tiny).pooler.weight)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    assert torch.equal(model.head.classifier.bias, tensors["base_model.model.classifier.bias"])
-    for given in (["a", "b"], ["a", "b", "c", "a"]):
-        assert "3 outputs" in refusal(interop.import_run, folder, tmp_path / "other", tiny, given)
-    folder = peft_folder(tiny, tmp_path / "encoder")
-    assert "--init-from" in refusal(interop.import_run, folder, tmp_path / "none", tiny)
-
-
-def test_training_starts_from_a_lora_of_peft_and_the_run_needs_its_folder_no_more(
-        make_settings, tiny, tmp_path, capsys):
-    folder = peft_folder(tiny, tmp_path / "peft", {"alpha_pattern": {"value": 2}})
-    settings = make_settings("lora", "--init-from", folder, "--limit", 60)
-    started = build(settings, 2, tiny)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    A = tensors["base_model.model.encoder.layer.1.attention.self.value.lora_A.weight"]
-    assert torch.equal(started.encoder.layers[1].attention.value.lora_A, A)
-    record = train.run(make_settings("lora", "--init-from", folder, "--limit", 60))
-    assert record["command"].count("--init-from") == 1 and "--targets" not in record["command"]
-    assert train.run(make_settings("lora", "--init-from", folder, "--limit", 60, "--resume")) == record
-    shutil.rmtree(folder)
-    model, _, _ = checkpoint.open_run(settings.out)
-    layer = model.encoder.layers[1].attention.value
-    assert layer.scaling == 0.5 and not torch.equal(layer.lora_A, A)
-    assert train.main(make_settings("lora", "--init-from", folder, out="other")) == 2
-    peft_folder(tiny, folder)
-    assert train.main(make_settings("lora", "--init-from", folder, "--rank", 16, "--top-layers", 1, out="other")) == 2
-    assert train.main(make_settings("lora", "--init-from", folder, "--rank", 16, out="other")) == 2
-    parts, errors = ("could not be read", "--top-layers", "--rank: --init-from decides"), capsys.readouterr().err
-    assert all(part in error for part, error in zip(parts, errors.splitlines(), strict=True)), errors
-
-
-def test_a_csv_file_is_classified_with_probabilities(finished_runs, tmp_path, capsys):
-    run, path = finished_runs("lora", "mean"), tmp_path / "in.csv"
-    capsys.readouterr()  # what training prints
-    path.write_text('id,text\n1,"a good, warm film"\n2,"dull\nand slow"\n', encoding="utf-8-sig")
-    assert command_line.main(["predict", str(run), "--csv", str(path)]) == 0
-    header, *rows = csv.reader(capsys.readouterr().out.splitlines(keepends=True))
-    assert header == ["id", "text", "prediction", "p(bad)", "p(good)"] and [row[0] for row in rows] == ["1", "2"]
-    assert rows[1][1] == "dull\nand slow"
-    for row in rows:
-        assert row[2] == ("good" if float(row[4]) > 0.5 else "bad") and abs(float(row[3]) + float(row[4]) - 1) < 2e-4
-    path.write_text(f"id,text\n1,{'long ' * 30000}\n")  # beyond the csv module's limit for a field
-    assert command_line.main(["predict", str(run), "--csv", str(path)]) == 0 and "texts cut" in capsys.readouterr().err
-    wrong = {"id,review\n1,x\n": "no column 'text'", "id,text\n1,a,b\n": "line 2: 3 columns", "": "is empty"}
-    for content, part in wrong.items():
-        path.write_text(content)
-        assert command_line.main(["predict", str(run), "--csv", str(path)]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and part in error
 
 
 # -- one import, copied files, other checkpoints ----------------------------------------------------------
@@ -3435,7 +3594,7 @@ def test_readme_has_about_1500_words_outside_code():
 
 
 def test_every_command_in_a_readme_is_accepted_by_its_program(monkeypatch):
-    for name in ("predict", "export", "import_", "explain"):
+    for name in ("predict", "evaluate", "export", "explain"):
         monkeypatch.setattr(command_line, name, lambda options: None, raising=False)
     seen = set()
     for path in (README, EXERCISES, (ROOT / "weights/README.md").read_text()):

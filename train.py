@@ -180,8 +180,8 @@ def test(model, corpus, dev_set, test_set, compute):
     measured, parts, began = {}, {}, time.perf_counter()
     for name, indices in (("dev", dev_set), ("test", test_set)):
         logits = predict(model, corpus.sentences(indices), compute, name)
-        measured[f"{name}_loss"], measured[f"{name}_accuracy"] = score(logits, corpus.labels[indices])
         logits = (logits - logits[:, :1]).astype(float).round(4)  # softmax depends on differences only
+        measured[f"{name}_loss"], measured[f"{name}_accuracy"] = score(logits, corpus.labels[indices])
         parts[name] = {"lines": corpus.line[indices].tolist(), "labels": corpus.labels[indices].tolist(),
                        "logits": logits.tolist()}
     measured["sentences_per_second"] = (len(dev_set) + len(test_set)) / (time.perf_counter() - began)
@@ -240,7 +240,7 @@ def run(settings):
         record = checkpoint.start_record(settings, compute, weights, corpus, sizes, counts)
         warnings = checkpoint.begin(folder, before, record, settings) if first else []
         print(f"{Path(corpus.files[-1]).name}: {len(train_set):,} training sentences, {len(dev_set):,} dev, "
-              f"{len(test_set):,} test; classes: {', '.join(corpus.classes)[:200]}", *corpus.notes, *describe(model),
+              f"{len(test_set):,} test; classes: {texts.listed(corpus.classes)}", *corpus.notes, *describe(model),
               f"{counts['technique']:,} of the technique + {counts['head']:,} of the head = {counts['trainable']:,} of "
               f"{counts['total']:,} parameters are trained ({counts['trainable'] / counts['total']:.2%})",
               f"on {chosen}", *warnings, sep="\n", flush=True)

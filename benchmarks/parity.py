@@ -13,8 +13,10 @@ Both write their part of results/parity.json. Every figure is the largest absolu
 Exits with code 1 if one is above its target.
 """
 import argparse
+import contextlib
 import copy
 import importlib.util
+import io
 import json
 import platform
 import shutil
@@ -143,12 +145,36 @@ def lockstep(models, batches, lr=2.5e-4):
     return largest(differences)
 
 
-def random_b(model, std=0.02):
-    """Fill every B, which starts at zero, so that an update has an effect."""
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, std, generator=generator)
+TEXTS = ["a warm, funny film", "dull and far too long for what it has to say"]
+
+
+def logits_of_texts(model, weights):
+    from minipeft import load_tokenizer, predict, tokenize
+    return torch.from_numpy(predict(model, tokenize(load_tokenizer(weights, 128), TEXTS)[0]))
+
+
+def trained_run(weights, out, *words):
+    """Train a short run on a small part of the default data: (its folder, its logits of TEXTS)."""
+    import train
+    from minipeft import open_run
+    from minipeft.tools import download, settings
+    part = out.with_suffix(".tsv")
+    lines = download.fetch_data().read_text(encoding="utf-8").splitlines()
+    part.write_text("\n".join([lines[0], *lines[1::40]]), encoding="utf-8")
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.run(settings.parse([*words, "--weights", str(weights), "--data", str(part), "--out", str(out),
+                                  "--epochs", "1", "--device", "cpu", "--precision", "fp32"]))
+    return out, logits_of_texts(open_run(out, weights)[0], weights)
+
+
+def run_readme(folder):
+    """The logits of TEXTS that the lines in the README.md of an exported run compute."""
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert '["a text"]' in code
+    scope = {}
+    with contextlib.chdir(folder), torch.no_grad():
+        exec(code.replace('["a text"]', repr(TEXTS)), scope)
+    return scope["logits"]
 
 
 # -- transformers and peft --------------------------------------------------------------------------------
@@ -157,10 +183,11 @@ def compare_transformers(weights):
     from transformers import BertForSequenceClassification
 
     from minipeft import Classifier, load_bert
-    from minipeft.bert import hugging_face_name
+    from minipeft.bert import hugging_face_name, load_pooler
     torch.manual_seed(0)
     theirs = BertForSequenceClassification.from_pretrained(weights).eval()
     ours = Classifier(load_bert(weights), 2, "cls").eval()
+    ours.head.dense.load_state_dict(load_pooler(weights).state_dict())
     ours.head.classifier.load_state_dict(theirs.classifier.state_dict())
     ids, mask, labels = sentences(weights, 1)[0]
 
@@ -175,8 +202,8 @@ def compare_transformers(weights):
             row("logits of BertForSequenceClassification", difference(own, output.logits), FORWARD)]
     output.loss.backward()
     F.cross_entropy(own, labels).backward()
-    ours.encoder.pooler = None  # the head has its own
-    gradients = {"bert." + hugging_face_name(name): p.grad for name, p in ours.encoder.named_parameters()}
+    found = {name: p.grad for name, p in ours.encoder.named_parameters() if p.grad is not None}
+    gradients = {"bert." + hugging_face_name(name): gradient for name, gradient in found.items()}
     for name, layer in (("bert.pooler.dense", ours.head.dense), ("classifier", ours.head.classifier)):
         gradients |= {f"{name}.{kind}": getattr(layer, kind).grad for kind in ("weight", "bias")}
     reference = {name: p.grad for name, p in theirs.named_parameters()}
@@ -229,67 +256,35 @@ def compare_peft(weights, temporary):
     return rows
 
 
-FROM_PEFT = {  # what LoraConfig is given
-    "list of targets": dict(r=4, lora_alpha=8, target_modules=["query", "value"]),
-    "rsLoRA, regular expression": dict(r=8, use_rslora=True, target_modules=r".*layer\.[0-2]\..*\.(key|dense)"),
-    "rank and alpha patterns": dict(
-        r=8, lora_alpha=16, target_modules=["query", "key", "intermediate.dense"],
-        rank_pattern={"query": 2, r"layer\.3\.intermediate\.dense": 16},
-        alpha_pattern={"key": 3, "layer.5.*query": 32}),
-}
-
-
 def compare_files(weights, temporary):
-    """From peft's files to a run, and from that to transformers' files."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
+    """From a text to logits with the files of exported runs."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from minipeft import data, export, import_run, open_run, pool
-    from minipeft.tools import export as interop
-    from minipeft.head import Head
-    from minipeft.model import build
-    (ids, mask, _), = sentences(weights, 1)
+    from minipeft import export
     rows = []
-    for number, (what, config) in enumerate(FROM_PEFT.items()):
-        torch.manual_seed(number)
-        base = BertForSequenceClassification.from_pretrained(weights)
-        theirs = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", **config)).eval()
-        random_b(theirs)
-        folder, run = temporary / f"peft{number}", temporary / f"run{number}"
-        theirs.save_pretrained(folder)
-        import_run(folder, run, weights)
-        ours, _, _ = open_run(run, weights)
+    run, expected = trained_run(weights, temporary / "cls", "lora", "--pooling", "cls", "--rslora", "--top-layers", "3")
+    for to in ("transformers", "peft"):
+        folder = temporary / f"cls-{to}"
+        export(run, folder, to, weights)
+        if to == "transformers":
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+            assert theirs.config.id2label == {0: "negative", 1: "positive"}
+        else:
+            theirs = open_in_peft(weights, folder).eval()
         with torch.no_grad():
-            rows.append(row(f"peft's opened by us ({what}): logits", difference(
-                ours(ids, mask), logits(theirs, ids, mask)), FORWARD))
-            with theirs.disable_adapter():  # the update is large enough for an error to show
-                assert difference(ours(ids, mask), logits(theirs, ids, mask)) > 100 * FORWARD
-        export(run, temporary / f"back{number}", "peft", weights)
-        one, other = (load_file(temporary / name / interop.PEFT) for name in (f"back{number}", f"peft{number}"))
-        rows.append(row(f"peft's opened and saved by us ({what}): tensors", difference(
-            {name: tensor for name, tensor in one.items() if "pooler" not in name}, other), 0))
-
-    export(run, temporary / "classifier", "transformers", weights)
-    texts = ["a warm, funny film", "dull and far too long for what it has to say"]
-    tokens, _ = data.tokenize(data.load_tokenizer(weights, 128), texts)
-    encoded = AutoTokenizer.from_pretrained(temporary / "classifier")(texts, padding=True, return_tensors="pt")
-    theirs = AutoModelForSequenceClassification.from_pretrained(temporary / "classifier").eval()
-    with torch.no_grad():
-        rows.append(row("exported to transformers, [CLS]: logits from text", difference(
-            ours(*data.pad(tokens)), theirs(**encoded).logits), FORWARD))
-
-    settings = lora_settings(weights)
-    model = build(settings, 2, weights).eval()
-    random_b(model)
-    interop.export_peft(model, settings, {"pooling": "mean"}, temporary / "mean")
-    interop.write_safetensors(temporary / "mean" / interop.HEAD, interop.head_tensors(model.head), {"pooling": "mean"})
-    import_run(temporary / "mean", temporary / "mean-run", weights)
-    export(temporary / "mean-run", temporary / "encoder", "transformers", weights)
-    theirs, head = AutoModel.from_pretrained(temporary / "encoder").eval(), Head(384, 2).eval()
-    head.load_state_dict(load_file(temporary / "encoder" / interop.HEAD))
-    with torch.no_grad():
-        pooled = pool(theirs(ids, attention_mask=mask).last_hidden_state, mask)
-        rows.append(row("exported to transformers, mean: logits", difference(model(ids, mask), head(pooled)), FORWARD))
+            found = theirs(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits
+        rows.append(row(f"[CLS], rsLoRA in 3 layers, exported to {to}: logits from text",
+                        difference(expected, found), FORWARD))
+    for technique in ("lora", "bitfit"):
+        run, expected = trained_run(weights, temporary / technique, technique)
+        for to in ("transformers", "peft") if technique == "lora" else ("transformers",):
+            folder = temporary / f"{technique}-{to}"
+            export(run, folder, to, weights)
+            rows.append(row(f"mean, {technique}, exported to {to}: logits of its README.md", difference(
+                expected, run_readme(folder)), FORWARD))
+            if to == "transformers":  # with a head that is not trained no class is named
+                assert "negative" not in AutoModelForSequenceClassification.from_pretrained(folder).config.label2id
     return rows
 
 
@@ -338,9 +333,13 @@ def compare_adapters(weights, temporary):
         add_adapters(encoder, bottleneck=width, norms=norms, init_std=0.05)
         ours = Classifier(encoder, 2, dropout=0.0).eval()
         settings = Namespace(technique="adapter", norms=[], targets=["attention.output", "feed_forward.output"],
-                             bottleneck=width, top_layers=None, weights=None)
+                             bottleneck=width, top_layers=None, weights=str(weights), pooling="mean", max_length=128)
         folder = temporary / f"adapters{len(norms)}"
         interop.export_adapters(ours, settings, {}, folder)
+        if not norms:
+            interop.save_head(ours, settings, {"classes": '["a", "b"]'}, folder, "adapters")
+            rows.append(row("adapters, exported: logits of its README.md", difference(
+                logits_of_texts(ours, weights), run_readme(folder)), FORWARD))
         theirs = theirs_with(folder, ours.head, norms)
         what = "adapters and norms" if norms else "adapters"
         outputs = [model(ids, mask) for model in (ours, theirs)]
@@ -502,7 +501,7 @@ def compare_models(temporary):
 def tables(results):
     """results/parity.json as Markdown tables."""
     lines = []
-    for part, label in (("transformers", "transformers"), ("peft", "peft"), ("files", "peft and transformers: files"),
+    for part, label in (("transformers", "transformers"), ("peft", "peft"), ("files", "exported runs"),
                         ("adapters", "AdapterHub adapters")):
         if part in results:
             packages = ", ".join(f"{name} {number}" for name, number in results[part]["versions"].items())

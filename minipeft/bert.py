@@ -1,18 +1,17 @@
-"""A BERT encoder (Devlin et al. 2018, arXiv 1810.04805) that loads and saves Hugging Face folders.
+"""A BERT encoder (Devlin et al. 2018, arXiv 1810.04805) that loads Hugging Face folders.
 
 Post-norm blocks (LayerNorm after each residual sum), exact (erf) GELU, learned positions: with the same weights it
 computes what transformers' BertModel does. Read downwards: config, the two sub-layers of a block, the encoder, then
 loading. The shapes in the comments are those of the default weights: hidden 384, 12 heads of 32, feed-forward 1536; B
 sentences of T tokens.
 """
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch.nn.functional as F
 from torch import nn
 
-from .tools.files import UserError, check_tensors, read_json, read_safetensors, write_safetensors, write_text
+from .tools.files import UserError, check_tensors, read_json, read_safetensors
 
 
 @dataclass
@@ -138,7 +137,7 @@ class Bert(nn.Module):
         return x
 
 
-# -- loading and saving -----------------------------------------------------------------------------------
+# -- loading ----------------------------------------------------------------------------------------------
 
 # Our module names and Hugging Face's: one table for both directions. * is the number of the layer.
 HUGGING_FACE_NAMES = {
@@ -216,17 +215,6 @@ def load_bert(folder, dropout=0.0):
     return model.eval()
 
 
-def save_bert(encoder, folder, config=None, prefix="", more=None):
-    """Write an encoder as the Hugging Face files `config.json` and `model.safetensors`.
-
-    config: entries to add to config.json. prefix: before every name, `bert.` for a model with a head.
-    more: further tensors, by their Hugging Face names. The dropout rates written are those in use, 0 after load_bert.
-    Raises UserError if the files cannot be written, ValueError for an encoder that holds LoRA or adapters.
-    """
-    try:
-        tensors = {prefix + hugging_face_name(name): tensor for name, tensor in encoder.state_dict().items()}
-    except KeyError as error:
-        raise ValueError(f"{error} is not in a plain BERT: call merge_lora or remove_adapters first") from None
-    content = IMPLEMENTED | {"architectures": ["BertModel"]} | asdict(encoder.config) | (config or {})
-    write_text(Path(folder) / "config.json", json.dumps(content, indent=2) + "\n")
-    write_safetensors(Path(folder) / "model.safetensors", tensors | (more or {}), {"format": "pt"})
+def load_pooler(folder):
+    """Load the checkpoint's pooler, an nn.Linear in fp32, or None if it has none."""
+    return load_bert(folder).pooler

@@ -1,8 +1,9 @@
-"""From labelled texts to batches of token ids: read, check, split, tokenise, batch.
+"""From a corpus of labelled sentences to batches of token ids: tokenise, split, batch, pad.
 
 A corpus is a few flat arrays: the tokens of all sentences end to end, and where each sentence starts, its label, file
-and line. Texts are not kept, so that a million sentences fit into memory; `Corpus.texts` reads a few again.
+and line. Texts are not kept, so that a million sentences fit into memory. tools/texts.py reads it from files.
 """
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from .tools.files import UserError
 
 PARTS = 11  # the hash of its text puts each sentence into one of these parts
 DEV = 10    # the part on which all choices are made; parts 0 to 9 take turns as the test set
+ENOUGH = 1000  # dev sentences, if there are fewer training sentences than that
 
 
 # -- the corpus -------------------------------------------------------------------------------------------
@@ -22,8 +24,8 @@ DEV = 10    # the part on which all choices are made; parts 0 to 9 take turns as
 class Corpus:
     """n labelled sentences. Sentence i has the tokens[starts[i]:starts[i + 1]]."""
     files: list         # the paths read; the --test file, if given, comes first
-    columns: tuple      # names of the text and label column, None for the defaults
-    classes: list       # the names of the labels, sorted
+    reading: dict       # how they are read: options of tools/texts.py's open_table
+    classes: list       # the names of the labels, sorted; whole numbers by value
     tokens: np.ndarray  # (total tokens,) int32
     starts: np.ndarray  # (n + 1,) int64
     labels: np.ndarray  # (n,) int64, indices into classes
@@ -53,16 +55,34 @@ class Corpus:
         self.hashes = self.hashes[kept]
 
 
-def load_tokenizer(folder, max_length):
-    """Load the tokenizer of a folder of weights; it cuts at `max_length` tokens and does not pad. UserError if there is
-    none."""
+def load_tokenizer(folder, max_length, vocab_size=None):
+    """Load the tokenizer of a folder of weights; it cuts at `max_length` tokens and does not pad.
+
+    UserError if there is none, if it does not put [CLS] and [SEP] around a text, or if a token has an id that an
+    encoder of `vocab_size` tokens does not know.
+    """
     path = Path(folder) / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        content = path.read_text(encoding="utf-8")
+        tokenizer = Tokenizer.from_str(content)
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f"{path} is missing or not a tokenizer ({error}): fetch the file again") from None
     tokenizer.no_padding()  # files from sentence-transformers pad everything to 128
     tokenizer.enable_truncation(max_length)
+    processor = json.loads(content).get("post_processor") or {}
+    for part in processor.get("processors", [processor]):  # the library would panic at the first text
+        named = {piece["SpecialToken"]["id"] for piece in part.get("single", ()) if "SpecialToken" in piece}
+        if unknown := named - set(part.get("special_tokens", ())):
+            raise UserError(f"{path}: its template names {', '.join(unknown)}, which special_tokens lacks: fetch the "
+                            "file again")
+    special = tokenizer.encode("").ids
+    if len(special) < 2:
+        raise UserError(f"{path} has no template (post_processor) that puts [CLS] and [SEP] around a text: take the "
+                        "file of the original model")
+    highest = max([*tokenizer.get_vocab().values(), *special])
+    if vocab_size and highest >= vocab_size:
+        raise UserError(f"{path} has token ids up to {highest:,}, and the encoder has {vocab_size:,} tokens, from 0: "
+                        "they do not belong together")
     return tokenizer
 
 
@@ -86,9 +106,36 @@ def split(corpus, fold=0):
         present = np.unique(corpus.labels[chosen])
         if not len(present) or name == "training" and len(present) < len(corpus.classes):
             lack = ", ".join(repr(label) for i, label in enumerate(corpus.classes) if i not in present)
-            raise UserError(f"{', '.join(map(str, corpus.files))}: the {name} set has no sentence labelled {lack} "
+            raise UserError(f"{', '.join(map(str, corpus.files))}: the {name} set has no sentence labelled {lack:.300} "
                             f"({len(corpus):,} sentences in all); add more of them")
     return tuple(np.flatnonzero(chosen) for chosen in sets.values())
+
+
+def limit(corpus, train_set, dev_set, most=None, seed=0):
+    """Return (train, dev) with at most `most` training sentences and no more dev sentences than training sentences,
+    or ENOUGH if that is more.
+
+    The seed draws the training sentences. If a class were missing, the draw is stratified: the first sentence of each
+    class, then each class in proportion. Dev keeps the lowest hashes, whatever the seed. UserError if `most` is less
+    than the number of classes.
+    """
+    if most:
+        drawn = np.random.default_rng(seed).permutation(train_set)
+        labels = corpus.labels[drawn]
+        if len(np.unique(labels[:most])) < len(corpus.classes):
+            if most < len(corpus.classes):
+                raise UserError(f"--limit {most} is less than the {len(corpus.classes)} classes; take more")
+            place = np.zeros(len(drawn))  # in its class, from 0 to 1
+            for label in range(len(corpus.classes)):
+                own = np.flatnonzero(labels == label)
+                place[own] = np.arange(len(own)) / len(own)
+            drawn = drawn[np.argsort(place, kind="stable")]
+        train_set = np.sort(drawn[:most])
+    enough = max(len(train_set), ENOUGH)
+    if len(dev_set) > enough:
+        corpus.notes.append(f"dev is measured on {enough:,} of its {len(dev_set):,} sentences, since training has few")
+        dev_set = np.sort(dev_set[np.argsort(corpus.hashes[dev_set], kind="stable")[:enough]])
+    return train_set, dev_set
 
 
 # -- batches ----------------------------------------------------------------------------------------------

