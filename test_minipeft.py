@@ -321,33 +321,34 @@ def test_pooling_by_hand():
     mask = torch.tensor([[1, 1, 0]])
     assert pool(hidden, mask).tolist() == pool(hidden[:, :2]).tolist() == [[2.0, 4.0]]
     assert pool(hidden, mask, "cls").tolist() == [[1.0, 2.0]]
+    assert pool(hidden, torch.tensor([[0, 0, 0]])).tolist() == [[0.0, 0.0]]  # no tokens: not NaN
     rounded = torch.tensor([[[1.0], [1 + 2**-7]]], dtype=torch.bfloat16)
     assert pool(rounded).tolist() == [[1 + 2**-8]]  # fp32: bf16 cannot hold this mean
 
 
 class HuggingFaceEncoder(nn.Module):
-    """What transformers' BertModel looks like from outside: keyword mask, an output object, a pooler with `.dense`."""
+    """What transformers' BertModel looks like from outside: keyword mask, and an output whose first item counts."""
 
     def __init__(self, bert):
         super().__init__()
-        self.pooler = nn.Module()
-        self.pooler.dense, bert.pooler, self.bert = bert.pooler, None, bert
+        self.bert = bert
 
     def forward(self, input_ids=None, token_type_ids=None, *, attention_mask=None):
-        return SimpleNamespace(last_hidden_state=self.bert(input_ids, attention_mask), pooler_output=None)
+        return self.bert(input_ids, attention_mask), None
 
 
 @pytest.mark.parametrize("hugging_face", [False, True])
-def test_cls_pooling_is_bert_for_sequence_classification_and_leaves_the_encoder_as_it_was(tiny, hugging_face):
+def test_cls_pooling_with_a_pooler_is_bert_for_sequence_classification(tiny, hugging_face):
     encoder = bert = load_bert(tiny)
-    dense = bert.pooler
     if hugging_face:
         encoder = HuggingFaceEncoder(bert)
-    before = bits(encoder)
-    model = Classifier(encoder, 3, pooling="cls", hidden_size=32 if hugging_face else None).eval()
-    assert same_bits(before, bits(encoder)) and model.head.dense.weight is not dense.weight
+    pooler, hidden_size = nn.Linear(32, 32), 32 if hugging_face else None
+    model = Classifier(encoder, 3, pooling="cls", hidden_size=hidden_size, pooler=pooler).eval()
+    assert model.head.dense.weight is not pooler.weight
     ids, mask = random_ids(), (torch.arange(10) < torch.tensor([10, 7, 3])[:, None]).long()
-    assert torch.equal(model(ids, mask), model.head.classifier(torch.tanh(dense(bert(ids, mask)[:, 0]))))
+    assert torch.equal(model(ids, mask), model.head.classifier(torch.tanh(pooler(bert(ids, mask)[:, 0]))))
+    mean = Classifier(encoder, 3, hidden_size=hidden_size, pooler=pooler)  # a new layer, as BERT starts one
+    assert not mean.head.dense.bias.any() and mean(ids, mask).shape == (3, 3)
     with pytest.raises(ValueError, match="mean"):
         Classifier(bert, 3, pooling="max")
 
@@ -394,7 +395,7 @@ APPLY_TO_SMALL = {"head": freeze, "bitfit": train_biases,
 @pytest.mark.parametrize("apply", APPLY_TO_SMALL.values(), ids=APPLY_TO_SMALL)
 def test_a_head_that_the_model_has_already_is_trained_when_named_and_else_a_warning_names_it(apply):
     model = small(classifier=nn.Linear(4, 2))
-    with pytest.raises(ValueError, match="'classifer' matches no module; .*query, norm, value, classifier"):
+    with pytest.raises(ValueError, match="'classifer': matches nothing.*norm, query, value"):
         apply(model, train="classifer")
     assert type(model.query) is nn.Linear and all(parameter.requires_grad for parameter in model.parameters())
     with pytest.warns(UserWarning, match=r"classifier is frozen.*train=\('classifier',\)"):
@@ -412,27 +413,124 @@ def test_a_head_that_the_model_has_already_is_trained_when_named_and_else_a_warn
                                                 (add_adapters, {"targets": (), "norms": ()}, "bottleneck")])
 def test_wrong_use_is_refused_with_the_reason_and_changes_nothing(tiny, apply, empty, size):
     encoder, attention = load_bert(tiny), transformer()
-    base = bits(encoder)
+    integers = nn.Sequential(nn.Linear(3, 3))
+    integers.head = nn.ParameterList([nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)])
+    base, no_norms = bits(encoder), {"norms": ()} if apply is add_adapters else {}
     for model, wrong, message in (
             (encoder, {"targets": ("query", "uery")}, "'uery': matches nothing.*intermediate, key, output.*query"),
             (encoder, {"targets": "attention"}, "'attention': layers.0.attention is a Attention.*query"),
             (encoder, {size: 0}, "at least 1"), (encoder, empty, "empty"),
-            (attention, {"targets": "out_proj"}, "self_attn.out_proj is never called: nn.MultiheadAttention"),
-            (attention, {"targets": "in_proj_weight"}, "in_proj_weight is a parameter.*MultiheadAttention packs")):
+            (attention, {"targets": "out_proj"}, "out_proj is a NonDynamicallyQuantizableLinear"),  # read, not called
+            (attention, {"targets": "in_proj_weight"}, "matches nothing"),
+            (nn.Linear(3, 3), {"targets": ""}, "matches nothing"),
+            (integers, {"targets": "0", "train": "head"} | no_norms, "head is a ParameterList without plain weights")):
         with pytest.raises(ValueError, match=message):
             apply(model, **wrong)
-    assert same_bits(bits(encoder), base) and all(parameter.requires_grad for parameter in encoder.parameters())
-    apply(encoder)
-    once = bits(encoder)
-    with pytest.raises(ValueError, match="already"):
-        apply(encoder)
-    assert same_bits(bits(encoder), once)
+        assert all(parameter.requires_grad for parameter in model.parameters() if parameter.is_floating_point())
+    assert same_bits(bits(encoder), base)
+
+
+def flags(model):
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("first, way_out", [("lora", "call merge_lora or remove_lora"),
+                                            ("adapter", "call remove_adapters")])
+@pytest.mark.parametrize("second", APPLY_TO_SMALL.values(), ids=APPLY_TO_SMALL)
+def test_a_second_technique_is_refused_with_the_way_out(first, second, way_out):
+    model = small()
+    APPLY_TO_SMALL[first](model)
+    before, trained = bits(model), flags(model)
+    with pytest.raises(ValueError, match=rf"(query|norm) is a \w+ already: {way_out} first"):
+        second(model)
+    assert same_bits(bits(model), before) and flags(model) == trained
+    {"lora": remove_lora, "adapter": remove_adapters}[first](model)
+    second(model)
+
+
+@pytest.mark.parametrize("apply", APPLY_TO_SMALL.values(), ids=APPLY_TO_SMALL)
+def test_a_distributed_model_is_refused_since_what_is_added_would_not_be_synchronised(apply):
+    class DistributedDataParallel(nn.Sequential):
+        pass
+    with pytest.raises(ValueError, match="DistributedDataParallel already: apply the technique first"):
+        apply(DistributedDataParallel(small()))
+
+
+@pytest.mark.parametrize("apply, where", [
+    (lambda model: freeze(model), ""), (lambda model: train_biases(model), ""),
+    (lambda model: add_lora(model, "query", rank=2), ""),
+    (lambda model: add_adapters(model, "query", norms=()), "lightning")])
+def test_a_warning_names_the_whole_head_and_the_line_of_the_caller(tiny, apply, where):
+    model = Classifier(load_bert(tiny), 2)
+    if where == "lightning":  # one level deeper, as a Lightning module holds its model
+        model = nn.Sequential(OrderedDict(model=model))
+    with pytest.warns(UserWarning) as caught:
+        apply(model)
+    assert len(caught) == 1 and f"train=({'model.head' if where else 'head'!r},)" in str(caught[0].message)
+    assert (caught[0].filename, caught[0].lineno) == (__file__, apply.__code__.co_firstlineno)
+
+
+class Packed(torch.Tensor):
+    """What a quantised or sharded weight looks like from outside: a tensor of another class."""
+
+
+def with_weight(change):
+    def make(layer):
+        layer.weight = nn.Parameter(change(layer.weight.detach()), requires_grad=False)
+        return layer
+    return make
+
+
+@pytest.mark.parametrize("make", [
+    lambda layer: layer.to("meta"), with_weight(lambda weight: weight.as_subclass(Packed)),  # offloaded; torchao, FSDP2
+    with_weight(lambda weight: weight.char()), with_weight(lambda weight: weight.to(torch.float8_e4m3fn)),
+    with_weight(lambda weight: weight.new_empty(0))], ids=["meta", "packed", "int8", "float8", "sharded"])  # ZeRO-3
+def test_layers_whose_weights_are_not_plain_and_in_memory_are_refused_by_name(make):
+    for name, apply, wrong in (
+            ("value", add_lora, {"targets": ("query", "value")}), ("value", freeze, {"train": "value"}),
+            ("value", add_lora, {"targets": "query", "train": "value"}),
+            ("value", add_adapters, {"targets": ("query", "value"), "norms": ()}),
+            ("norm", add_adapters, {"targets": "query", "norms": "norm"})):
+        model = small()
+        make(getattr(model, name))
+        before = flags(model)
+        with pytest.raises(ValueError, match=rf"{name} is a \w+ without plain weights in memory \(quantised"):
+            apply(model, **wrong)
+        assert flags(model) == before and type(model.query) is nn.Linear
+    with pytest.raises(ValueError, match="no biases to train, or they are not in memory"):
+        train_biases(small().to("meta"))
+
+
+@pytest.mark.parametrize("name, state_of, load", [
+    ("lora", lora_state, load_lora), ("adapter", adapter_state, load_adapters)])
+def test_a_state_is_neither_taken_from_nor_put_into_a_model_that_is_not_in_memory(name, state_of, load):
+    model = small()
+    APPLY_TO_SMALL[name](model)
+    state = state_of(model)
+    with pytest.raises(ValueError, match="query.* is not in memory"):
+        load(copy.deepcopy(model).to("meta"), state)
+    with pytest.raises(ValueError, match="query.* is not in memory"):
+        state_of(model.to("meta"))
+
+
+@pytest.mark.parametrize("state_of, load, remove, order", [
+    (lora_state, load_lora, merge_lora, "load the base model, add_lora, train, lora_state, merge_lora"),
+    (adapter_state, load_adapters, remove_adapters, "load the base model, add_adapters, train")])
+def test_the_state_of_a_model_without_the_technique_is_an_error_that_gives_the_order(state_of, load, remove, order):
+    model = small()
+    for call in (state_of, lambda model: load(model, {})):
+        with pytest.raises(ValueError, match=order):
+            call(model)
+    APPLY_TO_SMALL["lora" if state_of is lora_state else "adapter"](model)
+    assert state_of(model) and remove(model)
+    with pytest.raises(ValueError, match=order):
+        state_of(model)
 
 
 def test_a_lone_layer_is_not_merged_and_an_adapter_of_zeros_not_made():
     wrapped = random_updates(LoRALinear(nn.Linear(4, 4), 2))
     before = bits(wrapped)
-    with pytest.raises(ValueError, match="itself a LoRALinear"):
+    with pytest.raises(ValueError, match="the model itself"):
         merge_lora(wrapped)
     assert same_bits(bits(wrapped), before)
     assert merge_lora(nn.Sequential(wrapped)) == ["0"]
@@ -539,7 +637,8 @@ class Doubled(nn.Linear):
 
 
 @pytest.mark.parametrize("make", [
-    lambda: Doubled(4, 4), lambda: nn.utils.parametrize.register_parametrization(nn.Linear(4, 4), "weight", nn.Tanh())])
+    lambda: Doubled(4, 4), lambda: nn.utils.parametrize.register_parametrization(nn.Linear(4, 4), "weight", nn.Tanh()),
+    lambda: nn.utils.spectral_norm(nn.Linear(4, 4)).eval()])
 def test_a_layer_that_computes_more_is_called_with_its_hooks_and_merging_it_is_refused_by_name(make):
     model, x, calls = nn.Sequential(), torch.randn(3, 4), []
     model.plain, model.special = nn.Linear(4, 4), make()
@@ -603,6 +702,90 @@ def test_what_was_trained_is_given_and_taken_back_all_or_nothing(name, state_of,
     assert same_bits(state_of(other), state)  # a copy: training on does not change it
 
 
+class Projection(nn.Linear):
+    """A subclass with an attribute of its own."""
+    groups = 1
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.note = "mine"
+
+
+class GatedNorm(nn.RMSNorm):
+    """A norm with a further argument, as Mamba has one."""
+
+    def forward(self, hidden, gate=None):
+        return super().forward(hidden if gate is None else hidden * gate)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_wrapper_takes_over_the_mode_the_attributes_and_the_arguments_of_its_layer(training, dtype):
+    model = nn.Sequential(Projection(), GatedNorm(4, eps=1e-2)).to(dtype).train(training)
+    x, gate = torch.randn(3, 4, dtype=dtype), torch.randn(3, 4, dtype=dtype)
+    expected = model[1](hidden=model[0](input=x), gate=gate)
+    model[0]._hook = "private"
+    for apply, remove in ((lambda: add_lora(model, "0", dropout=0.5), remove_lora),
+                          (lambda: add_adapters(model, "0", init_std=1e-6, norms="1"), remove_adapters)):
+        apply()
+        proj, norm = model
+        assert all(module.training == training for module in model.modules())
+        assert (proj.in_features, proj.out_features, proj.note, proj.groups, norm.eps) == (4, 4, "mine", 1, 1e-2)
+        assert proj.bias.shape == (4,) and (norm.weight.shape, norm.weight.dtype) == ((4,), dtype)
+        assert not hasattr(proj, "_hook") and not hasattr(proj, "nothing")
+        output = norm(hidden=proj(input=x), gate=gate)
+        assert output.dtype == dtype and torch.allclose(output, expected, atol=1e-4 if dtype == torch.float32 else 0.05)
+        if not training:
+            random_updates(model)
+            assert torch.equal(model(x), model(x))  # no dropout acts
+        remove(model)
+        assert all(module.training == training for module in model.modules())
+
+
+class WithBatchNorm(nn.Module):
+    """A frozen linear layer, a norm and a head that both keep running statistics; the head's norm has no weights."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.head = nn.Sequential(nn.BatchNorm1d(8, affine=False), nn.Linear(8, 2))
+
+    def forward(self, x):
+        return self.head(self.norm(self.query(x)))
+
+
+@pytest.mark.parametrize("apply, state_of, load", [
+    (lambda model: add_lora(model, "query", train=("head", "norm")), lora_state, load_lora),
+    (lambda model: add_adapters(model, "query", norms="norm", train="head"), adapter_state, load_adapters)])
+def test_the_state_of_what_was_trained_includes_running_statistics(apply, state_of, load):
+    model, other, x = WithBatchNorm(), WithBatchNorm(), torch.randn(16, 8) + 3
+    apply(model)
+    apply(other)
+    for _ in range(5):
+        one_step(model, x)
+    state = state_of(model)
+    assert {name.rpartition(".")[2] for name in state} >= {"running_mean", "running_var", "num_batches_tracked"}
+    assert not any("base" in name or "linear." in name for name in state)
+    load(other, state)
+    assert torch.equal(other.eval()(x), model.eval()(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("name", ["lora", "adapter"])
+def test_a_wrapped_model_can_be_quantised_afterwards(name):
+    model, x = small(), torch.randn(5, 8)
+    APPLY_TO_SMALL[name](model)
+    expected = random_updates(model)(x)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    assert torch.allclose(quantised(x), expected, atol=0.1)
+    if name == "lora":
+        with pytest.raises(ValueError, match=r"cannot merge into query \(DynamicQuantizedLinear\)"):
+            merge_lora(quantised)
+        with pytest.raises(ValueError, match="query is a DynamicQuantizedLinear"):
+            add_lora(torch.ao.quantization.quantize_dynamic(small(), {nn.Linear}), "query")
+
+
 @pytest.mark.parametrize("name", ["lora", "adapter"])
 def test_a_wrapped_model_can_be_compiled_copied_cast_and_called_functionally(name):
     model, x = small(), torch.randn(5, 8)
@@ -623,8 +806,8 @@ def test_a_wrapped_model_can_be_compiled_copied_cast_and_called_functionally(nam
 
 def test_the_technique_files_share_their_helpers_to_the_letter():
     """Each file is copied alone, so each has these functions; they must not drift apart."""
-    for name in ("named", "freeze", "is_linear", "matching", "swap", "load"):
-        for file in (adapter, head) if name in ("named", "freeze") else (adapter,):
+    for name in ("plain", "named", "matching", "freeze", "swap", "trained_tensors", "load", "is_linear"):
+        for file in (adapter, head) if hasattr(head, name) else (adapter,):
             assert inspect.getsource(getattr(lora, name)) == inspect.getsource(getattr(file, name))
 
 
@@ -668,18 +851,54 @@ def test_adapters_start_near_the_identity(tiny):
 
 @pytest.mark.parametrize("apply, options, expected", [
     (add_adapters, {"bottleneck": 64, "norms": ()}, 2_379_264),  # 24 (2 x 64 x 768 + 768 + 64)
-    (add_adapters, {"bottleneck": 64, "norms": "norm"}, 2_379_264 + 38_400),  # and all 25 LayerNorms
+    (add_adapters, {"bottleneck": 64}, 2_379_264 + 36_864),  # and the 24 LayerNorms of the blocks
     (add_lora, {"rank": 8, "targets": ("query", "value")}, 294_912)])  # 24 x 8 x (768 + 768)
-def test_parameter_counts_of_bert_base_on_the_meta_device(apply, options, expected):
-    with torch.device("meta"):
-        model = Bert(BertConfig(vocab_size=30522, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
-                                intermediate_size=3072))
+def test_parameter_counts_of_bert_base(apply, options, expected):
+    model = Bert(BertConfig(vocab_size=9, hidden_size=768, num_hidden_layers=1, num_attention_heads=12,
+                            intermediate_size=3072, max_position_embeddings=9))
     apply(model, **options)
-    assert count(model) == expected and all(parameter.is_meta for parameter in model.parameters())
+    assert 12 * count(model) == expected  # of 12 equal blocks
 
 
-class Scale(nn.Module):
-    """A normalisation layer of a class that torch does not have."""
+@pytest.mark.parametrize("read", [
+    lambda x, proj: F.linear(x, proj.weight), lambda x, proj: x @ proj.weight.T, lambda x, proj: proj.weight @ x.T,
+    lambda x, proj: torch.cat([proj.weight, proj.weight]), lambda x, proj: F.linear(x, proj.weight.data, proj.bias)])
+def test_a_weight_with_an_adapter_is_not_computed_with_and_one_with_lora_is_the_merged_one(read):
+    """WavLM, Mamba and Swin read a layer's weight instead of calling the layer."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    before = read(x, model[0])
+    add_adapters(model, "0", norms=())
+    weight = model[0].weight
+    assert (weight.dtype, weight.device.type, weight.shape, weight.dim(), weight.requires_grad) == (
+        torch.float32, "cpu", (4, 4), 2, False) and "4" in repr(weight)  # T5 reads the dtype
+    with pytest.raises(ValueError, match="leaves out the adapter; choose other targets"):
+        read(x, model[0])
+    with pytest.raises(ValueError, match="normal_ of the weight"):
+        model[0].weight.data.normal_()
+    remove_adapters(model)
+    assert torch.equal(read(x, model[0]), before)
+    add_lora(model, "0")
+    changed = read(x, random_updates(model)[0])
+    if changed.requires_grad:
+        changed.sum().backward()
+        assert model[0].lora_A.grad.any() and model[0].lora_B.grad.any()
+    merge_lora(model)
+    assert not torch.equal(changed, before) and torch.allclose(read(x, model[0]), changed, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [
+    nn.Conv2d(4, 4, 1), nn.LSTM(4, 4), nn.PReLU(4), nn.Bilinear(4, 4, 4), nn.Linear(4, 4), nn.Embedding(4, 4),
+    nn.Identity(), nn.Sequential(nn.LayerNorm(4))])
+def test_only_a_norm_is_trained_as_one(layer):
+    model = nn.Sequential(OrderedDict(linear=nn.Linear(4, 4), other=layer))
+    with pytest.raises(ValueError, match=f"other is a {type(layer).__name__}"):
+        add_adapters(model, "linear", norms="other")
+    assert type(model.linear) is nn.Linear
+
+
+class ScaleNorm(nn.Module):
+    """A normalisation layer of a class that torch does not have, recognised by its name."""
 
     def __init__(self, width):
         super().__init__()
@@ -689,7 +908,7 @@ class Scale(nn.Module):
         return self.scale * x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.RMSNorm(4), Scale(4)])
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.RMSNorm(4), nn.GroupNorm(2, 4), ScaleNorm(4)])
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-6), (torch.bfloat16, 0.05)])
 def test_norms_of_any_class_are_trained_in_fp32_and_given_back_bit_for_bit(norm, dtype, close):
     model = nn.Sequential(nn.Linear(4, 4), copy.deepcopy(norm), nn.Linear(4, 4)).to(dtype).requires_grad_(False)
@@ -751,6 +970,48 @@ def test_merged_lora_equals_unmerged_and_is_rounded_once(tiny, dtype, close):
     assert (encoder(random_ids()) - unmerged).abs().max() < close
     after = bits(encoder)
     assert merge_lora(encoder) == [] and same_bits(bits(encoder), after)  # a second call does nothing
+
+
+def test_merging_changes_all_layers_or_none():
+    model, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), torch.randn(3, 4)
+    add_lora(model, ("0", "1", "2"), rank=2)
+    expected = random_updates(model, 0.2)(x)
+    before = bits(model)
+
+    class Interrupted(LoRALinear):
+        @property
+        def weight(self):
+            raise KeyboardInterrupt
+
+    model[1].__class__ = Interrupted
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            merge_lora(model)
+        assert same_bits(bits(model), before)
+    model[1].__class__ = LoRALinear
+
+    def replace_forward(layer):  # as accelerate does
+        layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
+
+    def add_hook(layer):
+        layer.hook = layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+    def bring_forward_back(layer):
+        layer.forward = nn.Linear.forward.__get__(layer)
+
+    for spoil, restore in ((replace_forward, bring_forward_back),
+                           (add_hook, lambda layer: layer.hook.remove()),
+                           (with_weight(lambda weight: weight.as_subclass(Packed)),
+                            with_weight(lambda weight: weight.as_subclass(torch.Tensor)))):
+        spoil(model[2].linear)
+        with pytest.raises(ValueError, match=r"cannot merge into 2 \(Linear\)"):
+            merge_lora(model)
+        restore(model[2].linear)
+        assert same_bits(bits(model), before)
+    assert all(type(layer) is LoRALinear for layer in model) and torch.allclose(model(x), expected, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):  # the sum is in fp32 nevertheless
+        assert merge_lora(model) == ["0", "1", "2"]
+    assert torch.allclose(model(x), expected, atol=1e-5)
 
 
 def test_lora_s_dropout_drops_its_own_input_only():

@@ -9,49 +9,11 @@ import torch
 from torch import nn
 
 
-def named(model, target):
-    """Return {name: module}: the modules called `target` or ending in "." + `target`; shared ones under each name."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if f".{name}".endswith(f".{target}")}
-
-
-def freeze(model, train=()):
-    """Freeze `model` in place, except the modules that `train` names by dotted suffix.
-
-    Raise ValueError, and change nothing, for a name without a module. Warn if a module called `classifier` or `score`
-    is frozen: a new head would stay at its random initialisation.
-    """
-    kept = []
-    for name in [train] if isinstance(train, str) else train:
-        found = named(model, name)
-        if not found:
-            raise ValueError(f"train={name!r} matches no module; the model consists of: "
-                             f"{', '.join(dict(model.named_children()))}")
-        kept += found.values()
-    model.requires_grad_(False)
-    for module in kept:
-        module.requires_grad_(True)
-    for name, head in (named(model, "classifier") | named(model, "score")).items():
-        if not all(parameter.requires_grad for parameter in head.parameters()):
-            warnings.warn(f"{name} is frozen; if it is a new head, pass train=({name!r},)", stacklevel=3)
-
-
-def train_biases(model, train=()):
-    """Freeze `model` except its biases and the modules that `train` names: BitFit (Ben Zaken et al. 2021, arXiv
-    2106.10199). Biases keep their dtype. Return their names. Raise ValueError if there are none."""
-    biases = {name: parameter for name, parameter in model.named_parameters() if name.endswith("bias")}
-    if not biases:
-        raise ValueError("the model has no biases to train")
-    freeze(model, train)
-    for bias in biases.values():
-        bias.requires_grad_(True)
-    return list(biases)
-
-
 def pool(hidden, attention_mask=None, pooling="mean"):
     """Return one fp32 vector a sentence: (batch, length, hidden) -> (batch, hidden).
 
-    "mean" averages the tokens where `attention_mask`, (batch, length), is 1; "cls" takes the first token, [CLS].
+    "mean" averages the tokens where `attention_mask`, (batch, length), is 1, and gives zeros where none is; "cls"
+    takes the first token, [CLS].
     """
     hidden = hidden.float()  # a sum in bf16 has about three digits
     if pooling == "cls":
@@ -59,7 +21,7 @@ def pool(hidden, attention_mask=None, pooling="mean"):
     if attention_mask is None:
         return hidden.mean(1)
     mask = attention_mask[:, :, None].float()
-    return (hidden * mask).sum(1) / mask.sum(1)
+    return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 class Head(nn.Module):
@@ -83,33 +45,95 @@ class Classifier(nn.Module):
     """Encoder + pooling + head. Build it after a technique has been applied to the encoder: the head then stays
     trainable and is not wrapped.
 
-    encoder: called as encoder(input_ids, attention_mask=mask); returns (batch, length, hidden), or an object that has
-    it as `last_hidden_state`, as Hugging Face encoders do. hidden_size: that of `encoder.config` if not given. With
-    pooling="cls" the head's dense layer starts as a copy of the encoder's pooler, if it has one: the whole is then
-    BertForSequenceClassification. Raises ValueError for another pooling.
+    encoder: called as encoder(input_ids, attention_mask=mask); returns (batch, length, hidden), or a tuple or object
+    that has it as its first item, as Hugging Face encoders do. hidden_size: that of `encoder.config` if not given.
+    pooler: with pooling="cls" the head's dense layer starts as a copy of this linear layer, such as the checkpoint's
+    pooler (`bert.pooler.dense` in transformers): the whole is then BertForSequenceClassification. Raises ValueError
+    for another pooling.
     """
 
-    def __init__(self, encoder, classes, pooling="mean", dropout=0.1, hidden_size=None):
+    def __init__(self, encoder, classes, pooling="mean", dropout=0.1, hidden_size=None, pooler=None):
         super().__init__()
         if pooling not in ("mean", "cls"):
             raise ValueError(f'pooling must be "mean" or "cls", not {pooling!r}')
         self.encoder = encoder
         self.pooling = pooling
         self.head = Head(hidden_size or encoder.config.hidden_size, classes, dropout)
-        pooler = getattr(encoder, "pooler", None)
-        pooler = getattr(pooler, "dense", pooler)  # Hugging Face's pooler is a module around the layer
-        if pooling == "cls" and hasattr(pooler, "weight"):
-            with torch.no_grad():
-                self.head.dense.weight.copy_(pooler.weight)
-                self.head.dense.bias.copy_(pooler.bias)
+        if pooling == "cls" and pooler is not None:
+            self.head.dense.load_state_dict(pooler.state_dict())
 
     def features(self, input_ids, attention_mask=None):
         """Return the input of the head: (batch, length) -> (batch, hidden), in fp32."""
         output = self.encoder(input_ids, attention_mask=attention_mask)
-        return pool(getattr(output, "last_hidden_state", output), attention_mask, self.pooling)
+        return pool(output if torch.is_tensor(output) else output[0], attention_mask, self.pooling)
 
     def forward(self, input_ids, attention_mask=None):
         """(batch, length) -> logits (batch, classes)"""
         features = self.features(input_ids, attention_mask)
         with torch.autocast(features.device.type, enabled=False):  # the head is small: full precision is cheap
             return self.head(features)
+
+
+# -- freezing, safe on anyone's model: repeated in adapter.py and lora.py, so that each can be copied alone ---
+
+def plain(tensors):
+    """Check that there are tensors, with floating-point values in memory: none is meta, sharded or quantised."""
+    return bool(tensors) and all(
+        type(tensor) in (torch.Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.element_size() > 1
+        and tensor.numel() > 0 and not tensor.is_meta for tensor in tensors)
+
+
+def named(model, target):
+    """Return {name: module}: the modules called `target` or ending in "." + `target`; shared ones under each name."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if name and f".{name}".endswith(f".{target}")}
+
+
+def matching(model, targets, fits=lambda module: True):
+    """Return the modules that `targets` name by dotted suffix, each once. Raise ValueError, with the names that could
+    match, if a target matches nothing or a module that does not fit; also if `model` cannot be changed any more."""
+    modules, found = dict(model.named_modules(remove_duplicate=False)), []
+    for name, module in modules.items():
+        kind = type(module)  # a second technique would freeze the first; DDP would not synchronise what is added
+        if hasattr(kind, "way_out") or kind.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise ValueError(f"{name or 'the model'} is a {kind.__name__} already: "
+                             f"{getattr(kind, 'way_out', 'apply the technique')} first")
+    wrong = {name: f"{name} is a {module._get_name()}" for name, module in modules.items() if not fits(module)}
+    wrong |= {name: f"{name} is a {module._get_name()} without plain weights in memory (quantised, sharded, offloaded?)"
+              for name, module in modules.items() if not plain([*module.parameters()])}
+    for target in [targets] if isinstance(targets, str) else targets:
+        matches = named(model, target)
+        problems = [wrong[name] for name in matches if name in wrong]
+        if problems or not matches:
+            endings = {name.rpartition(".")[2] for name in modules if name and name not in wrong}
+            raise ValueError(f"target {target!r}: {'; '.join(problems[:3]) or 'matches nothing'}. "
+                             f"Modules that fit end in: {', '.join(sorted(endings))}")
+        found += matches.values()
+    return list(dict.fromkeys(found))
+
+
+def freeze(model, train=(), stacklevel=2):
+    """Freeze `model` in place, except the modules that `train` names by dotted suffix. Raise ValueError, and change
+    nothing, where matching does. Warn if a module called `classifier` or `score` is frozen: a new one stays random."""
+    kept, total = matching(model, train), len(list(model.parameters()))
+    model.requires_grad_(False)
+    for module in kept:
+        module.requires_grad_(True)
+    for name, head in (named(model, "classifier") | named(model, "score")).items():
+        if not all(parameter.requires_grad for parameter in head.parameters()):
+            outer = name.rpartition(".")[0]
+            while outer and len(list(model.get_submodule(outer).parameters())) < total / 2:  # without the encoder
+                name, outer = outer, outer.rpartition(".")[0]
+            warnings.warn(f"{name} is frozen; if it is a new head, pass train=({name!r},)", stacklevel=stacklevel)
+
+
+def train_biases(model, train=()):
+    """Freeze `model` except its biases and the modules that `train` names: BitFit (Ben Zaken et al. 2021, arXiv
+    2106.10199). Biases keep their dtype. Return their names. Raise ValueError if there are none in memory."""
+    biases = {name: parameter for name, parameter in model.named_parameters() if name.endswith("bias")}
+    if not plain([*biases.values()]):
+        raise ValueError("the model has no biases to train, or they are not in memory, quantised or sharded")
+    freeze(model, train, stacklevel=3)
+    for bias in biases.values():
+        bias.requires_grad_(True)
+    return list(biases)

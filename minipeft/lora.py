@@ -21,6 +21,7 @@ class LoRALinear(nn.Module):
     base layer. rslora: scaling = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732). Dropout acts on the input
     of A only. Raises ValueError for a rank below 1.
     """
+    way_out = "call merge_lora or remove_lora"  # for matching, below
 
     def __init__(self, linear, rank=8, alpha=16, dropout=0.0, rslora=False):
         super().__init__()
@@ -34,82 +35,81 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear's weight: within 1 / sqrt(in_features)
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = nn.Dropout(dropout)
+        self.train(linear.training)
 
-    def forward(self, x):
+    def forward(self, input):  # x has the name that nn.Linear gives it
         """(..., in_features) -> (..., out_features), in the dtype of the base layer's output"""
-        h = self.linear(x)
-        low_rank = F.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)  # (..., rank)
+        h = self.linear(input)
+        low_rank = F.linear(self.dropout(input.to(self.lora_A.dtype)), self.lora_A)  # (..., rank)
         return h + F.linear(self.scaling * low_rank, self.lora_B).to(h.dtype)
 
     @property
     def weight(self):
-        """The merged weight W0 + scaling B A, computed in fp32, rounded once. merge_lora stores it;
-        nn.TransformerEncoderLayer's fused kernel for inference reads it instead of calling forward."""
+        """The merged weight W0 + scaling B A, computed in fp32, rounded once: for merge_lora, and for code that reads
+        the weight instead of calling the layer, as nn.TransformerEncoderLayer does in inference."""
         update = self.scaling * self.lora_B.float() @ self.lora_A.float()
         return (self.linear.weight + (update.T if self.transposed else update)).to(self.linear.weight.dtype)
 
-    @property
-    def bias(self):
-        return self.linear.bias
+    def __getattr__(self, name):  # bias, in_features and the like, for code that reads them, are the base layer's
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_"):  # what a library keeps about the base layer, such as accelerate's hook
+                raise
+            return getattr(super().__getattr__("linear"), name)
 
 
-# -- finding and swapping layers: repeated in adapter.py, so that each file can be copied alone ------------
+# -- what makes it safe on anyone's model: repeated in adapter.py, so that each file can be copied alone ---
+
+def plain(tensors):
+    """Check that there are tensors, with floating-point values in memory: none is meta, sharded or quantised."""
+    return bool(tensors) and all(
+        type(tensor) in (torch.Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.element_size() > 1
+        and tensor.numel() > 0 and not tensor.is_meta for tensor in tensors)
+
 
 def named(model, target):
     """Return {name: module}: the modules called `target` or ending in "." + `target`; shared ones under each name."""
     modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if f".{name}".endswith(f".{target}")}
+    return {name: module for name, module in modules if name and f".{name}".endswith(f".{target}")}
 
 
-def freeze(model, train=()):
-    """Freeze `model` in place, except the modules that `train` names by dotted suffix.
+def matching(model, targets, fits=lambda module: True):
+    """Return the modules that `targets` name by dotted suffix, each once. Raise ValueError, with the names that could
+    match, if a target matches nothing or a module that does not fit; also if `model` cannot be changed any more."""
+    modules, found = dict(model.named_modules(remove_duplicate=False)), []
+    for name, module in modules.items():
+        kind = type(module)  # a second technique would freeze the first; DDP would not synchronise what is added
+        if hasattr(kind, "way_out") or kind.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise ValueError(f"{name or 'the model'} is a {kind.__name__} already: "
+                             f"{getattr(kind, 'way_out', 'apply the technique')} first")
+    wrong = {name: f"{name} is a {module._get_name()}" for name, module in modules.items() if not fits(module)}
+    wrong |= {name: f"{name} is a {module._get_name()} without plain weights in memory (quantised, sharded, offloaded?)"
+              for name, module in modules.items() if not plain([*module.parameters()])}
+    for target in [targets] if isinstance(targets, str) else targets:
+        matches = named(model, target)
+        problems = [wrong[name] for name in matches if name in wrong]
+        if problems or not matches:
+            endings = {name.rpartition(".")[2] for name in modules if name and name not in wrong}
+            raise ValueError(f"target {target!r}: {'; '.join(problems[:3]) or 'matches nothing'}. "
+                             f"Modules that fit end in: {', '.join(sorted(endings))}")
+        found += matches.values()
+    return list(dict.fromkeys(found))
 
-    Raise ValueError, and change nothing, for a name without a module. Warn if a module called `classifier` or `score`
-    is frozen: a new head would stay at its random initialisation.
-    """
-    kept = []
-    for name in [train] if isinstance(train, str) else train:
-        found = named(model, name)
-        if not found:
-            raise ValueError(f"train={name!r} matches no module; the model consists of: "
-                             f"{', '.join(dict(model.named_children()))}")
-        kept += found.values()
+
+def freeze(model, train=(), stacklevel=2):
+    """Freeze `model` in place, except the modules that `train` names by dotted suffix. Raise ValueError, and change
+    nothing, where matching does. Warn if a module called `classifier` or `score` is frozen: a new one stays random."""
+    kept, total = matching(model, train), len(list(model.parameters()))
     model.requires_grad_(False)
     for module in kept:
         module.requires_grad_(True)
     for name, head in (named(model, "classifier") | named(model, "score")).items():
         if not all(parameter.requires_grad for parameter in head.parameters()):
-            warnings.warn(f"{name} is frozen; if it is a new head, pass train=({name!r},)", stacklevel=3)
-
-
-def is_linear(module):
-    """Recognise nn.Linear, and transformers' Conv1D (GPT-2): a linear layer whose weight is (in, out)."""
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
-
-
-def matching(model, targets, fits):
-    """Return the modules that `targets` name by dotted suffix, each once. Raise ValueError, with the names that could
-    match, if a target matches nothing, or matches a parameter or a module that cannot be wrapped (`fits` is false)."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-
-    def problem(name):
-        if not fits(modules[name]):
-            return f"{name} is a {type(modules[name]).__name__}"
-        if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
-            return f"{name} is never called: nn.MultiheadAttention reads its weight instead"
-
-    found = []
-    for target in [targets] if isinstance(targets, str) else targets:
-        matches = named(model, target)
-        problems = [f"{name} is a parameter, not a module (nn.MultiheadAttention packs q, k and v in one)"
-                    for name, _ in model.named_parameters() if f".{name}".endswith(f".{target}")]
-        problems += filter(None, map(problem, matches))
-        if problems or not matches:
-            endings = sorted({name.rpartition(".")[2] for name in modules if not problem(name)})
-            raise ValueError(f"target {target!r}: {'; '.join(problems[:3]) or 'matches nothing'}. "
-                             f"Modules that fit end in: {', '.join(endings)}")
-        found += matches.values()
-    return list(dict.fromkeys(found))
+            outer = name.rpartition(".")[0]
+            while outer and len(list(model.get_submodule(outer).parameters())) < total / 2:  # without the encoder
+                name, outer = outer, outer.rpartition(".")[0]
+            warnings.warn(f"{name} is frozen; if it is a new head, pass train=({name!r},)", stacklevel=stacklevel)
 
 
 def swap(model, replacements):
@@ -121,16 +121,38 @@ def swap(model, replacements):
     return list(old)
 
 
-def load(parameters, state):
-    """Copy `state` into `parameters`, both {name: tensor}. Raise ValueError, and copy nothing, if a name or shape
-    differs."""
-    ours = {f"{name} {tuple(parameter.shape)}" for name, parameter in parameters.items()}
+def is_linear(module):
+    """Recognise nn.Linear, but not its subclass in nn.MultiheadAttention, whose weight is read and which is never
+    called; and transformers' Conv1D (GPT-2), whose weight is (in, out)."""
+    read = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return isinstance(module, nn.Linear) and not read or type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def trained_tensors(model, own):
+    """Return {name: tensor} of what training changes: the tensors `own`, what else requires a gradient, and buffers
+    (BatchNorm's statistics) of modules trained as a whole. Raise ValueError for one that is not a tensor in memory."""
+    own = own | {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for module in model.modules():
+        parameters = set(module.parameters())
+        if parameters and parameters <= own:
+            own |= set(module.buffers())
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {name: tensors[name] for name in model.state_dict() if tensors.get(name) in own}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not plain([tensor]):
+            raise ValueError(f"{name} is not in memory, or it is sharded: load or gather the model first")
+    return tensors
+
+
+def load(tensors, state):
+    """Copy `state` into `tensors`, both {name: tensor}. Raise ValueError, and copy none, if names or shapes differ."""
+    ours = {f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
     given = {f"{name} {tuple(tensor.shape)}" for name, tensor in state.items()}
     if ours != given:
         raise ValueError(f"missing: {', '.join(sorted(ours - given))}; unexpected: {', '.join(sorted(given - ours))}")
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state[name])
+        for name, tensor in tensors.items():
+            tensor.copy_(state[name])
 
 
 # -- LoRA in a model --------------------------------------------------------------------------------------
@@ -141,14 +163,12 @@ def add_lora(model, targets=("query", "key", "value", "attention.output", "inter
 
     The default is every linear layer of the blocks in bert.py; the paper's choice is ("query", "value"). Names match
     by dotted suffix. Return the names of the wrapped layers; a layer with several names gets one wrapper. Raise
-    ValueError, and change nothing, if a name does not match, no layer is named, or the model has LoRA already.
+    ValueError, and change nothing, if a name does not match, no layer is named, or the model has LoRA or adapters.
     """
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise ValueError("the model has LoRA already: call merge_lora or remove_lora first")
     wrappers = {layer: LoRALinear(layer, rank, alpha, dropout, rslora) for layer in matching(model, targets, is_linear)}
     if not wrappers:
         raise ValueError("targets is empty: name at least one linear layer")
-    freeze(model, train)  # before the swap: A and B are not in the model yet and stay trainable
+    freeze(model, train, stacklevel=3)  # before the swap: A and B are not in the model yet and stay trainable
     return swap(model, wrappers)
 
 
@@ -162,34 +182,39 @@ def merge_lora(model):
     """Add every update to its weight and put plain layers back under their old names. Return the names.
 
     A second call is a no-op. Each merged weight is a new parameter: an embedding tied to the old one keeps its values.
-    Raise ValueError, and change nothing, for a layer that computes more than W x + b (a subclass with its own forward),
-    or if `model` is itself a LoRALinear. Forward hooks of a base layer stay, and then see the merged layer.
+    Raise ValueError, and change nothing, for a layer that computes more than W x + b (a subclass, a parametrisation, a
+    hook) or is not in memory, and if `model` is itself a LoRALinear.
     """
+    merged = {}
     wrappers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    if "" in wrappers:
-        raise ValueError("the model is itself a LoRALinear: merge a module that holds it")
     for name, module in wrappers.items():
         linear = module.linear
-        plain = module.transposed or getattr(linear.forward, "__func__", None) is nn.Linear.forward
-        if not plain or "weight" not in linear._parameters:  # a parametrized weight is computed, not stored
-            raise ValueError(f"cannot merge into {name} ({type(linear).__name__}): it computes more than W x + b")
-    for module in wrappers.values():
-        merged = module.weight  # the property: W0 + scaling B A
-        module.linear.weight = nn.Parameter(merged, requires_grad=module.linear.weight.requires_grad)
+        replaced = getattr(linear.forward, "__func__", None) is not type(linear).forward  # by accelerate, for example
+        ordinary = (type(linear) is nn.Linear or module.transposed) and plain([*module.parameters()])
+        if replaced or not ordinary or linear._forward_hooks or linear._forward_pre_hooks or not name:
+            raise ValueError(f"cannot merge into {name or 'the model itself'} ({linear._get_name()}): it is not just "
+                             "W x + b, in memory, without hooks, inside a model")
+        with torch.autocast(linear.weight.device.type, enabled=False):
+            merged[linear] = nn.Parameter(module.weight, requires_grad=linear.weight.requires_grad)
+    for linear, weight in merged.items():  # after the last computation: if that fails, nothing is changed
+        linear.weight = weight
     return remove_lora(model)  # the base layers, which now hold the merged weights
 
 
-def trained(model):
-    """Return {name: parameter}: every A and B, and all else that requires a gradient, such as a head in `train`."""
-    return {name: parameter for name, parameter in model.named_parameters()
-            if parameter.requires_grad or name.endswith(("lora_A", "lora_B"))}
+def lora_parameters(model):
+    """Return {name: tensor}: every A and B, and what else was trained, such as a head in `train`, with its buffers."""
+    own = {parameter for name, parameter in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
+    if not own:
+        raise ValueError("the model has no LoRA. The order is: load the base model, add_lora, train, lora_state, "
+                         "merge_lora; or add_lora, load_lora")
+    return trained_tensors(model, own)
 
 
 def lora_state(model):
-    """Return a copy of what was trained, {name: tensor}: every A and B, and all else that requires a gradient."""
-    return {name: parameter.detach().clone() for name, parameter in trained(model).items()}
+    """Return a copy of what was trained, {name: tensor}: see lora_parameters."""
+    return {name: tensor.detach().clone() for name, tensor in lora_parameters(model).items()}
 
 
 def load_lora(model, state):
     """Load the result of `lora_state` into a model after the same `add_lora`. All or nothing: see `load`."""
-    load(trained(model), state)
+    load(lora_parameters(model), state)

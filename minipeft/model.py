@@ -37,17 +37,14 @@ def build(settings, classes, weights):
     if top > layers:
         raise UserError(f"--top-layers {top}: the encoder has only {layers} layers")
     freeze(encoder)
-    pooler, encoder.pooler = encoder.pooler, None  # so that no technique trains it; the head may copy it
+    pooler, encoder.pooler = encoder.pooler, None  # no technique trains it; the head may copy it
     torch.manual_seed(settings.seed)
     try:
         APPLY[settings.technique](encoder if top == layers else encoder.layers[layers - top:], settings)
     except ValueError as error:  # how the technique files, which do not import UserError, report a wrong target
         raise UserError(f"{settings.technique}: {error}") from error
-    encoder.pooler = pooler
     torch.manual_seed(settings.seed)
-    model = Classifier(encoder, classes, settings.pooling, settings.head_dropout)
-    encoder.pooler = None
-    return model
+    return Classifier(encoder, classes, settings.pooling, settings.head_dropout, pooler=pooler)
 
 
 def trained(model):
