@@ -156,11 +156,11 @@ def random_b(model, std=0.02):
 def compare_transformers(weights):
     from transformers import BertForSequenceClassification
 
-    from minipeft import Classifier, load_bert
+    from minipeft import Classifier, load_bert, load_pooler
     from minipeft.bert import hugging_face_name
     torch.manual_seed(0)
     theirs = BertForSequenceClassification.from_pretrained(weights).eval()
-    ours = Classifier(load_bert(weights), 2, "cls").eval()
+    ours = Classifier(load_bert(weights), 2, "cls", pooler=load_pooler(weights)).eval()
     ours.head.classifier.load_state_dict(theirs.classifier.state_dict())
     ids, mask, labels = sentences(weights, 1)[0]
 
@@ -175,7 +175,6 @@ def compare_transformers(weights):
             row("logits of BertForSequenceClassification", difference(own, output.logits), FORWARD)]
     output.loss.backward()
     F.cross_entropy(own, labels).backward()
-    ours.encoder.pooler = None  # the head has its own
     gradients = {"bert." + hugging_face_name(name): p.grad for name, p in ours.encoder.named_parameters()}
     for name, layer in (("bert.pooler.dense", ours.head.dense), ("classifier", ours.head.classifier)):
         gradients |= {f"{name}.{kind}": getattr(layer, kind).grad for kind in ("weight", "bias")}

@@ -10,32 +10,33 @@
 
 What can be imported from here, and the file that holds it, in reading order:
 
-    bert      Bert, BertConfig, load_bert, save_bert
+    bert      Bert, BertConfig, load_bert, load_pooler
     head      Classifier, Head, pool, freeze, train_biases
     adapter   Adapter, AdapterLinear, add_adapters, remove_adapters, adapter_state, load_adapters
     lora      LoRALinear, add_lora, merge_lora, remove_lora, lora_state, load_lora
     data      load_tokenizer, tokenize, pad
     model     predict
     tools.checkpoint  open_run
-    tools.export      export, import_run
+    tools.export      export, save_bert
     tools.files       UserError
 
 The functions of head.py, adapter.py and lora.py change any nn.Module in place; each of the three files works alone.
+micro.py has all of it in 200 lines and imports nothing from here: read it first.
 On the command line:
 
     python train.py lora --help       train one technique; the result is a run folder
     python compare.py --help          train several, and compare them
-    python -m minipeft --help         use a run (predict, export, import), or explain a technique
+    python -m minipeft --help         use a run (predict, evaluate, export), or explain a technique
 """
 _HOLDS = {  # the docstring above has the same table
-    "bert": ("Bert", "BertConfig", "load_bert", "save_bert"),
+    "bert": ("Bert", "BertConfig", "load_bert", "load_pooler"),
     "head": ("Classifier", "Head", "pool", "freeze", "train_biases"),
     "adapter": ("Adapter", "AdapterLinear", "add_adapters", "remove_adapters", "adapter_state", "load_adapters"),
     "lora": ("LoRALinear", "add_lora", "merge_lora", "remove_lora", "lora_state", "load_lora"),
     "data": ("load_tokenizer", "tokenize", "pad"),
     "model": ("predict",),
     "tools.checkpoint": ("open_run",),
-    "tools.export": ("export", "import_run"),
+    "tools.export": ("export", "save_bert"),
     "tools.files": ("UserError",),
 }
 

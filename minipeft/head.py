@@ -83,30 +83,27 @@ class Classifier(nn.Module):
     """Encoder + pooling + head. Build it after a technique has been applied to the encoder: the head then stays
     trainable and is not wrapped.
 
-    encoder: called as encoder(input_ids, attention_mask=mask); returns (batch, length, hidden), or an object that has
-    it as `last_hidden_state`, as Hugging Face encoders do. hidden_size: that of `encoder.config` if not given. With
-    pooling="cls" the head's dense layer starts as a copy of the encoder's pooler, if it has one: the whole is then
-    BertForSequenceClassification. Raises ValueError for another pooling.
+    encoder: called as encoder(input_ids, attention_mask=mask); returns (batch, length, hidden), or a tuple or object
+    that has it as its first item, as Hugging Face encoders do. hidden_size: that of `encoder.config` if not given.
+    pooler: with pooling="cls" the head's dense layer starts as a copy of this linear layer, such as the checkpoint's
+    pooler (`bert.pooler.dense` in transformers): the whole is then BertForSequenceClassification. Raises ValueError
+    for another pooling.
     """
 
-    def __init__(self, encoder, classes, pooling="mean", dropout=0.1, hidden_size=None):
+    def __init__(self, encoder, classes, pooling="mean", dropout=0.1, hidden_size=None, pooler=None):
         super().__init__()
         if pooling not in ("mean", "cls"):
             raise ValueError(f'pooling must be "mean" or "cls", not {pooling!r}')
         self.encoder = encoder
         self.pooling = pooling
         self.head = Head(hidden_size or encoder.config.hidden_size, classes, dropout)
-        pooler = getattr(encoder, "pooler", None)
-        pooler = getattr(pooler, "dense", pooler)  # Hugging Face's pooler is a module around the layer
-        if pooling == "cls" and hasattr(pooler, "weight"):
-            with torch.no_grad():
-                self.head.dense.weight.copy_(pooler.weight)
-                self.head.dense.bias.copy_(pooler.bias)
+        if pooling == "cls" and pooler is not None:
+            self.head.dense.load_state_dict(pooler.state_dict())
 
     def features(self, input_ids, attention_mask=None):
         """Return the input of the head: (batch, length) -> (batch, hidden), in fp32."""
         output = self.encoder(input_ids, attention_mask=attention_mask)
-        return pool(getattr(output, "last_hidden_state", output), attention_mask, self.pooling)
+        return pool(output if torch.is_tensor(output) else output[0], attention_mask, self.pooling)
 
     def forward(self, input_ids, attention_mask=None):
         """(batch, length) -> logits (batch, classes)"""

@@ -147,7 +147,7 @@ def describe(model, trainable):
     if world() == 1:
         return []
     with torch.device("meta"):
-        encoder = Bert(model.encoder.config, pooler=False)
+        encoder = Bert(model.encoder.config)
     everything = sum(p.numel() for module in (encoder, model.head) for p in module.parameters())
     return [f"{world()} processes; gradients averaged in each step: {4 * trainable / 1e6:.1f} MB (full fine-tuning: "
             f"{4 * everything / 1e6:.1f} MB)"]

@@ -12,14 +12,14 @@ import math
 import re
 import shutil
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..adapter import AdapterLinear
-from ..bert import hugging_face_name, load_bert, save_bert
+from ..bert import IMPLEMENTED, hugging_face_name, load_bert, load_pooler
 from ..lora import LoRALinear, add_lora, load_lora, merge_lora, swap
 from ..model import build, count_parameters, trained
 from . import checkpoint
@@ -42,6 +42,22 @@ def head_tensors(head, dense="dense", classifier="classifier"):
     """The four tensors of a Head, by the names that its layers have elsewhere."""
     return {f"{dense}.weight": head.dense.weight, f"{dense}.bias": head.dense.bias,
             f"{classifier}.weight": head.classifier.weight, f"{classifier}.bias": head.classifier.bias}
+
+
+def save_bert(encoder, folder, config=None, prefix="", more=None):
+    """Write an encoder as the Hugging Face files `config.json` and `model.safetensors`.
+
+    config: entries to add to config.json. prefix: before every name, `bert.` for a model with a head.
+    more: further tensors, by their Hugging Face names. The dropout rates written are those in use, 0 after load_bert.
+    Raises UserError if the files cannot be written, ValueError for an encoder that holds LoRA or adapters.
+    """
+    try:
+        tensors = {prefix + hugging_face_name(name): tensor for name, tensor in encoder.state_dict().items()}
+    except KeyError as error:
+        raise ValueError(f"{error} is not in a plain BERT: call merge_lora or remove_adapters first") from None
+    content = IMPLEMENTED | {"architectures": ["BertModel"]} | asdict(encoder.config) | (config or {})
+    write_text(Path(folder) / "config.json", json.dumps(content, indent=2) + "\n")
+    write_safetensors(Path(folder) / "model.safetensors", tensors | (more or {}), {"format": "pt"})
 
 
 def new_folder(folder):
@@ -96,8 +112,9 @@ def export_transformers(model, settings, about, folder, weights):
         save_bert(model.encoder, folder, config | {"architectures": ["BertForSequenceClassification"]}, "bert.",
                   head_tensors(model.head, "bert.pooler.dense", "classifier"))
     else:
-        model.encoder.pooler = load_bert(weights).pooler  # not used; without it transformers makes a random one
-        save_bert(model.encoder, folder, config)
+        pooler = load_pooler(weights)  # not used; without it transformers makes a random one
+        more = {f"pooler.dense.{kind}": tensor for kind, tensor in pooler.state_dict().items()} if pooler else {}
+        save_bert(model.encoder, folder, config, more=more)
     shutil.copyfile(weights / "tokenizer.json", folder / "tokenizer.json")
     vocabulary = read_json(weights / "tokenizer.json")["model"].get("vocab", {})
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
@@ -347,7 +364,7 @@ def import_run(folder, run, weights=None, classes=None):
     base, run = find_weights(weights), new_folder(run)
     encoder = load_bert(base)
     found = read_peft(folder, encoder)
-    has_dense = "dense.weight" in found.head or found.pooling == "cls" and encoder.pooler is not None
+    has_dense = "dense.weight" in found.head or found.pooling == "cls" and load_pooler(base) is not None
     if "classifier.weight" not in found.head or not has_dense or found.pooling not in ("cls", "mean"):
         raise UserError(f"{folder} holds no classification head; train one: python train.py lora --init-from {folder}")
     classes = class_names(classes, found.about, found.head["classifier.bias"].numel())
