@@ -372,6 +372,8 @@ def test_a_loaded_encoder_is_in_memory_in_fp32_and_owns_all_it_computes_with(tin
     for module in (load_bert(tiny), load_pooler(tiny)):
         assert {(t.device.type, t.dtype) for t in (*module.parameters(), *module.buffers())} == {("cpu", torch.float32)}
         assert not module.training and all(parameter.requires_grad for parameter in module.parameters())
+    code = "import sys, minipeft; minipeft.load_bert(sys.argv[1]); assert 'sympy' not in sys.modules"  # slow to import
+    subprocess.run([sys.executable, "-c", code, tiny], cwd=ROOT, check=True)
 
 
 def under(prefix):

@@ -97,9 +97,13 @@ class Embeddings(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
+
+        def table(rows):  # nn.Embedding's own initialisation needs 1.5 s of imports on the meta device (see load_bert)
+            weight = torch.empty(rows, config.hidden_size).uniform_(-0.035, 0.035)
+            return nn.Embedding.from_pretrained(weight, freeze=False)
+
+        self.word, self.position = table(config.vocab_size), table(config.max_position_embeddings)
+        self.token_type = table(config.type_vocab_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 

@@ -3,7 +3,7 @@
     python minipeft/micro.py head|adapter|lora|full
 
 Full fine-tuning changes all 22.6 million parameters of the encoder; a technique freezes them and trains a few new ones.
-At the ends of lines are shapes: for B sentences of T tokens, with the sizes of the model, all-MiniLM-L6-v2.
+The shapes at the ends of lines are for B sentences of T tokens; the numbers are the sizes of all-MiniLM-L6-v2.
 """
 import hashlib
 import sys
@@ -96,7 +96,7 @@ class AdapterLinear(nn.Module):
         return h + self.up(F.gelu(self.down(h)))                                 # out -> 32 -> out
 
 
-# LoRA (Hu et al. 2021): h = W0 x + b0 + (alpha / rank) B A x, where W0 and b0 are frozen.
+# LoRA (Hu et al. 2021): h = W0 x + b0 + (alpha / rank) B A x, where W0 and b0 are frozen, A (rank, in), B (out, rank).
 class LoRALinear(nn.Module):
     def __init__(self, linear, rank=8, alpha=16):
         super().__init__()
