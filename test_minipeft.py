@@ -10,7 +10,6 @@ import gzip
 import importlib.util
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -44,7 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import compare
 import train
 from benchmarks import parity
-from minipeft import __main__ as command_line, adapter, bert, data, head, lora, model as models
+from minipeft import __main__ as command_line, adapter, data, head, lora, micro, model as models
 from minipeft.adapter import (
     Adapter, AdapterLinear, TrainedNorm, adapter_state, add_adapters, load_adapters, remove_adapters)
 from minipeft.bert import Attention, Bert, BertConfig, Block, hugging_face_name, load_bert, load_pooler, read_config
@@ -79,8 +78,9 @@ def tiny(tmp_path_factory):
     model = Bert(BertConfig(**{k: v for k, v in config.items() if k not in ("model_type", "hidden_act")}))
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, mean="norm.weight" in name, std=0.1)
-    save_file({hugging_face_name(name): tensor for name, tensor in model.state_dict().items()},
-              folder / "model.safetensors")
+    tensors = {hugging_face_name(name): tensor for name, tensor in model.state_dict().items()}
+    tensors |= {"pooler.dense.weight": 0.1 * torch.randn(32, 32), "pooler.dense.bias": 0.1 * torch.randn(32)}
+    save_file(tensors, folder / "model.safetensors")
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
     tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
@@ -174,6 +174,89 @@ def flipped(content):
     return content[:-5] + bytes([content[-5] ^ 0x10]) + content[-4:]
 
 
+# -- micro.py ---------------------------------------------------------------------------------------------
+
+SIZES = (len(WORDS) + 4, 48, 2, 32, 4, 64)  # of the tiny weights
+
+
+def tiny_micro(tiny, technique):
+    """An encoder of micro.py with the tiny weights, changed by a technique, and a head without dropout."""
+    encoder = micro.load(micro.Bert(*SIZES), tiny / "model.safetensors")
+    micro.apply(technique, encoder)
+    return encoder, micro.Head(32, dropout=0)
+
+
+def test_micro_has_at_most_200_lines_and_works_alone_or_says_how_to_get_its_files(tmp_path):
+    assert len(inspect.getsource(micro).splitlines()) <= 200
+    shutil.copy(micro.__file__, tmp_path)
+    for words, part in ((["lora"], "python train.py head fetches both"), (["lora", "x"], "head|adapter|lora|full")):
+        run = subprocess.run([sys.executable, "micro.py", *words], cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 1 and part in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_real_micro_has_the_encoder_of_the_package_to_the_bit(real):
+    tokens, _ = data.tokenize(data.load_tokenizer(real, 128), [text for text, *_ in GOLDEN])
+    input_ids, mask = data.pad(tokens)
+    with torch.no_grad():
+        found = micro.load(micro.Bert(), real / "model.safetensors")(input_ids, mask)
+        assert torch.equal(found, load_bert(real)(input_ids, mask))
+
+
+def test_real_micro_has_the_parts_of_the_package_s_split(real):
+    corpus = texts.read_corpus([download.fetch_data()], data.load_tokenizer(real, 128))
+    tokenizer = data.load_tokenizer(real, 128)
+    for own, part in zip(micro.read(download.fetch_data(), tokenizer), data.split(corpus)[::2]):
+        own = {(tuple(ids), label) for ids, label in own}
+        theirs = {(tuple(ids.tolist()), corpus.labels[i]) for i, ids in zip(part, corpus.sentences(part))}
+        assert theirs <= own and len(own) < 1.01 * len(theirs)  # micro.py keeps texts with two labels
+
+
+@pytest.mark.parametrize("technique", micro.RATES)
+def test_micro_has_the_losses_of_train_py(tiny, make_settings, monkeypatch, technique):
+    """21 steps from the same start with the same batches, at the default learning rate of the technique."""
+    recorded, cross_entropy = [], F.cross_entropy
+    def record(*arguments):
+        recorded.append(cross_entropy(*arguments))
+        return recorded[-1]
+    monkeypatch.setattr(F, "cross_entropy", record)
+    rate = options.TECHNIQUES[technique].lr
+    chosen = make_settings(technique, "--lr", rate, "--epochs", 3, "--batch-size", 32, "--limit", 224,
+                           "--head-dropout", 0)
+    train.run(chosen)
+    theirs = [loss.item() for loss in recorded if loss.requires_grad]
+
+    corpus, _, train_set, *_ = train.load_data(chosen, tiny)
+    sentences = [(ids.tolist(), int(label)) for ids, label in zip(
+        corpus.sentences(train_set), corpus.labels[train_set])]
+    epochs = (data.batches_of_like_length(corpus.lengths[train_set], 32, np.random.default_rng([0, epoch]))
+              for epoch in range(3))
+    monkeypatch.setattr(micro, "make_batches", lambda sentences: [batch.tolist() for batch in next(epochs)])
+    encoder, head = tiny_micro(tiny, technique)
+    start = [p for p in build(chosen, 2, tiny).parameters() if p.requires_grad]
+    own = [p for p in [*encoder.parameters(), *head.parameters()] if p.requires_grad]
+    with torch.no_grad():
+        for parameter, value in zip(own, start, strict=True):
+            assert parameter.shape == value.shape
+            parameter.copy_(value)
+    ours = micro.train(technique, encoder, head, sentences)
+    assert len(ours) == 21 and micro.RATES[technique] == rate
+    assert np.abs(np.array(ours) - theirs).max() < 1e-6
+
+
+def test_micro_merges_lora_into_plain_layers_with_the_same_logits(tiny):
+    torch.manual_seed(0)
+    encoder, head = tiny_micro(tiny, "lora")
+    ids = [[2, 5, 6, 3], [2, 7, 3]]
+    for name, parameter in encoder.named_parameters():
+        if name.endswith(".B"):
+            nn.init.normal_(parameter, std=0.1)
+    before, untrained = head(micro.encode(encoder, ids)), head(micro.encode(tiny_micro(tiny, "head")[0], ids))
+    micro.swap(encoder, micro.LoRALinear.merge)
+    after = head(micro.encode(encoder, ids))
+    assert (after - before).abs().max() < 1e-6 < 1e-3 < (before - untrained).abs().max()
+    assert not any(isinstance(module, micro.LoRALinear) for module in encoder.modules())
+
+
 # -- bert.py ----------------------------------------------------------------------------------------------
 
 # What a reference BERT gives for these sentences (fp32): the first four values of the mean of all tokens, of
@@ -214,7 +297,7 @@ def test_real_weights_give_the_reference_outputs_with_fresh_lora_and_speed_ups(t
     input_ids, mask = data.pad(tokens)
     with torch.no_grad():
         hidden = encoder(input_ids, mask)
-        pooled = torch.tanh(encoder.pooler(hidden[:, 0]))
+        pooled = torch.tanh(load_pooler(real)(hidden[:, 0]))
         found = torch.stack([pool(hidden, mask), pool(hidden, mask, "cls"), pooled], 1)
     assert torch.allclose(found[:, :, :4], torch.tensor([golden[1:] for golden in GOLDEN]), rtol=0, atol=1e-5)
 
@@ -283,35 +366,83 @@ def test_other_checkpoints_names_are_understood(tiny, tmp_path):
         assert torch.equal(load_bert(rewrite(tiny, tmp_path / "old", older))(random_ids()), expected)
         no_pooler = load_bert(rewrite(
             tiny, tmp_path / "bare", lambda tensors: {k: v for k, v in tensors.items() if "pooler" not in k}))
-        assert no_pooler.pooler is None and torch.equal(no_pooler(random_ids()), expected)
+        assert load_pooler(tmp_path / "bare") is None and torch.equal(no_pooler(random_ids()), expected)
+        assert same_bits(bits(load_pooler(tmp_path / "old")), bits(load_pooler(tiny)))
         half = load_bert(rewrite(tiny, tmp_path / "half", lambda t: {k: v.half() for k, v in t.items()}))
         assert half.layers[0].attention.query.weight.dtype == torch.float32
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused_with_the_whole_list(tiny, tmp_path):
-    def spoil(tensors):
-        tensors["surprise.weight"] = torch.zeros(3)
-        del tensors["encoder.layer.0.output.dense.bias"]
-        tensors["encoder.layer.1.attention.self.key.weight"] = torch.zeros(32, 31)
-        tensors["embeddings.LayerNorm.weight"] = torch.full((32,), math.nan)
-        return tensors
+def test_a_loaded_encoder_is_in_memory_in_fp32_and_owns_all_it_computes_with(tiny):
+    for module in (load_bert(tiny), load_pooler(tiny)):
+        assert {(t.device.type, t.dtype) for t in (*module.parameters(), *module.buffers())} == {("cpu", torch.float32)}
+        assert not module.training and all(parameter.requires_grad for parameter in module.parameters())
+    code = "import sys, minipeft; minipeft.load_bert(sys.argv[1]); assert 'sympy' not in sys.modules"  # slow to import
+    subprocess.run([sys.executable, "-c", code, tiny], cwd=ROOT, check=True)
 
-    with pytest.raises(UserError) as error:
-        load_bert(rewrite(tiny, tmp_path, spoil))
-    for part in ("unexpected surprise.weight", "missing encoder.layer.0.output.dense.bias", "(32, 31), not (32, 32)",
-                 "embeddings.LayerNorm.weight holds values that are not finite"):
-        assert part in str(error.value)
+
+def under(prefix):
+    return lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def without(*parts):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if not any(p in name for p in parts)}
+
+
+def spoilt(tensors):
+    return tensors | {"surprise.weight": torch.zeros(3), "embeddings.LayerNorm.weight": torch.full((32,), math.nan),
+                      "encoder.layer.1.attention.self.key.weight": torch.zeros(32, 31)}
+
+
+@pytest.mark.parametrize("change, config, parts", [
+    (spoilt, {}, ["unexpected surprise.weight", "(32, 31), not (32, 32)", "LayerNorm.weight holds values that are not"]),
+    (without("0.output.dense.bias"), {}, ["missing encoder.layer.0.output.dense.bias"]),
+    (without("attention.self"), {}, ["missing encoder.layer.0.attention.self.query.weight", "and 7 more"]),
+    (under("_orig_mod."), {}, ["'_orig_mod.'", "torch.compile"]), (under("module.bert."), {}, ["'module.bert.'"]),
+    (under("x."), {"hidden_size": 64}, ["'x.'"]), (without("word"), {}, ["holds no BERT", "word_embeddings"]),
+    (under(""), {"num_hidden_layers": 99_999_999}, ["2 layers", "num_hidden_layers = 99999999"]),
+    (under(""), {"num_hidden_layers": 1}, ["2 layers", "num_hidden_layers = 1"]),
+    (under(""), {"vocab_size": 900_000_000}, ["word_embeddings.weight has shape (24, 32), not (900000000, 32)"]),
+    (under(""), {"hidden_size": 10**9}, ["(24, 32), not (24, 1000000000)", "more"]),
+    (under(""), {"intermediate_size": 10**9}, ["(64, 32), not (1000000000, 32)"]),
+    (under(""), {"max_position_embeddings": 10**9}, ["(48, 32), not (1000000000, 32)"]),
+    (under(""), {"type_vocab_size": 10**9}, ["(2, 32), not (1000000000, 32)"])])
+def test_a_checkpoint_that_does_not_fit_is_one_short_line_whatever_its_config_claims(
+        tiny, tmp_path, change, config, parts):
+    with user_error("model.safetensors", *parts) as error:
+        load_bert(rewrite(tiny, tmp_path, change, config))
+    assert len(str(error.value)) < 700 + len(str(tmp_path))
 
 
 @pytest.mark.parametrize("setting, message", [
     ({"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),
     ({"hidden_act": "silu"}, "hidden_act = 'silu'"), ({"is_decoder": True}, "is_decoder = True"),
-    ({"model_type": "roberta"}, "model_type = 'roberta'"), ({"num_attention_heads": 5}, "not a multiple"),
-    ({"hidden_size": "32"}, "hidden_size = '32'"), ({"vocab_size": 0}, "vocab_size = 0"),
-    ({"num_hidden_layers": None}, "num_hidden_layers = None"), ({"layer_norm_eps": True}, "layer_norm_eps = True")])
+    ({"num_attention_heads": 5}, "not a multiple"), ({"hidden_size": "32"}, "hidden_size is '32'"),
+    ({"vocab_size": 0}, "vocab_size is 0"), ({"vocab_size": 10**30}, "vocab_size is 1000"),
+    ({"num_hidden_layers": None}, "num_hidden_layers is None"), ({"layer_norm_eps": True}, "layer_norm_eps is True"),
+    ({"layer_norm_eps": math.nan}, "layer_norm_eps is nan")])
 def test_a_config_that_is_not_implemented_is_refused_by_name(tiny, tmp_path, setting, message):
-    with pytest.raises(UserError, match=re.escape(message)):
-        read_config(rewrite(tiny, tmp_path, lambda tensors: tensors, setting))
+    with user_error(message):
+        read_config(rewrite(tiny, tmp_path, under(""), setting))
+
+
+def test_another_architecture_is_refused_by_its_name_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "distilbert", "dim": 768, "n_layers": 6}')
+    with pytest.raises(UserError, match=r"config.json: model_type = 'distilbert', but only 'bert' is implemented$"):
+        load_bert(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "num_hidden_layers": 2}')
+    with user_error("vocab_size is missing", "hidden_size is missing"):
+        load_bert(tmp_path)
+
+
+@pytest.mark.parametrize("name, content, parts", [
+    ("model.safetensors.index.json", b"{}", ["in several files", "weights/README.md"]),
+    ("pytorch_model.bin", b"", ["pickled", "weights/README.md"]), ("unknown", b"", ["model.safetensors is missing"]),
+    ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\nsize 9\n", ["Git-LFS", "git lfs pull"])])
+def test_weights_in_another_form_are_refused_with_what_they_are_and_the_way_out(tiny, tmp_path, name, content, parts):
+    shutil.copy(tiny / "config.json", tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with user_error(*parts):
+        load_bert(tmp_path)
 
 
 # -- head.py ----------------------------------------------------------------------------------------------
@@ -1034,8 +1165,8 @@ def test_every_technique_starts_with_the_same_head(make_settings, tiny):
 
 def test_cls_pooling_starts_from_the_checkpoint_s_pooler(make_settings, tiny):
     model = build(make_settings("lora", "--pooling", "cls"), 2, tiny)
-    assert torch.equal(model.head.dense.weight, load_bert(tiny).pooler.weight)
-    assert not any("pooler" in name for name in model.state_dict())  # moved, not counted twice
+    assert torch.equal(model.head.dense.weight, load_pooler(tiny).weight)
+    assert not any("pooler" in name for name in model.state_dict())  # not counted twice
 
 
 def test_only_the_top_layers(make_settings, tiny):
@@ -2773,7 +2904,7 @@ def test_sentence_encoders_load_with_and_without_pooler(tiny, tmp_path, kind, po
     assert torch.equal(load_bert(folder)(random_ids()), load_bert(tiny)(random_ids()))
     for pooling in ("mean", "cls"):  # without a pooler the head's first layer is new
         model = build(options.parse(["lora", "--pooling", pooling]), 2, folder)
-        assert torch.equal(model.head.dense.weight, load_bert(tiny).pooler.weight) == (pooler and pooling == "cls")
+        assert torch.equal(model.head.dense.weight, load_pooler(tiny).weight) == (pooler and pooling == "cls")
 
 
 # -- lab/plots.py -----------------------------------------------------------------------------------------
@@ -2899,7 +3030,7 @@ def test_the_targets_study_compares_matched_sizes():
     sizes = []
     for variant in STUDIES["targets"].variants:
         with torch.device("meta"):
-            encoder = Bert(BertConfig(30522, 384, 6, 12, 1536, 512), pooler=False)
+            encoder = Bert(BertConfig(30522, 384, 6, 12, 1536, 512))
             APPLY["lora"](encoder.requires_grad_(False), options.parse(["lora", "--rank", str(variant.options["rank"]),
                                                                        "--targets", *variant.options["targets"]]))
         sizes.append(count(encoder))

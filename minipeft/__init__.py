@@ -10,7 +10,7 @@
 
 What can be imported from here, and the file that holds it, in reading order:
 
-    bert      Bert, BertConfig, load_bert
+    bert      Bert, BertConfig, load_bert, load_pooler
     head      Classifier, Head, pool, freeze, train_biases
     adapter   Adapter, AdapterLinear, add_adapters, remove_adapters, adapter_state, load_adapters
     lora      LoRALinear, add_lora, merge_lora, remove_lora, lora_state, load_lora
@@ -21,6 +21,7 @@ What can be imported from here, and the file that holds it, in reading order:
     tools.files       UserError
 
 The functions of head.py, adapter.py and lora.py change any nn.Module in place; each of the three files works alone.
+micro.py has all of it in 200 lines and imports nothing from here: read it first.
 On the command line:
 
     python train.py lora --help       train one technique; the result is a run folder
@@ -28,7 +29,7 @@ On the command line:
     python -m minipeft --help         use a run (predict, evaluate, export), or explain a technique
 """
 _HOLDS = {  # the docstring above has the same table
-    "bert": ("Bert", "BertConfig", "load_bert"),
+    "bert": ("Bert", "BertConfig", "load_bert", "load_pooler"),
     "head": ("Classifier", "Head", "pool", "freeze", "train_biases"),
     "adapter": ("Adapter", "AdapterLinear", "add_adapters", "remove_adapters", "adapter_state", "load_adapters"),
     "lora": ("LoRALinear", "add_lora", "merge_lora", "remove_lora", "lora_state", "load_lora"),

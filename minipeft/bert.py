@@ -5,9 +5,11 @@ computes what transformers' BertModel does. Read downwards: config, the two sub-
 loading. The shapes in the comments are those of the default weights: hidden 384, 12 heads of 32, feed-forward 1536; B
 sentences of T tokens.
 """
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -95,9 +97,13 @@ class Embeddings(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
+
+        def table(rows):  # nn.Embedding's own initialisation needs 1.5 s of imports on the meta device (see load_bert)
+            weight = torch.empty(rows, config.hidden_size).uniform_(-0.035, 0.035)
+            return nn.Embedding.from_pretrained(weight, freeze=False)
+
+        self.word, self.position = table(config.vocab_size), table(config.max_position_embeddings)
+        self.token_type = table(config.type_vocab_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -111,18 +117,13 @@ class Embeddings(nn.Module):
 
 
 class Bert(nn.Module):
-    """Token ids in, one vector per token out.
+    """Token ids in, one vector per token out."""
 
-    `pooler` is the checkpoint's dense layer over the vector of [CLS], the special first token of every input, or
-    None. `forward` does not use it; a classification head may start from it (head.py).
-    """
-
-    def __init__(self, config, pooler=True):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if pooler else None
 
     def forward(self, input_ids, attention_mask=None):
         """Encode padded sentences: (B, T) token ids -> (B, T, hidden).
@@ -139,82 +140,114 @@ class Bert(nn.Module):
 
 # -- loading ----------------------------------------------------------------------------------------------
 
-# Our module names and Hugging Face's: one table for both directions. * is the number of the layer.
+# Our module names and Hugging Face's; those of a layer come after its number.
 HUGGING_FACE_NAMES = {
     "embeddings.word": "embeddings.word_embeddings",
     "embeddings.position": "embeddings.position_embeddings",
     "embeddings.token_type": "embeddings.token_type_embeddings",
     "embeddings.norm": "embeddings.LayerNorm",
-    "layers.*.attention.query": "encoder.layer.*.attention.self.query",
-    "layers.*.attention.key": "encoder.layer.*.attention.self.key",
-    "layers.*.attention.value": "encoder.layer.*.attention.self.value",
-    "layers.*.attention.output": "encoder.layer.*.attention.output.dense",
-    "layers.*.attention.norm": "encoder.layer.*.attention.output.LayerNorm",
-    "layers.*.feed_forward.intermediate": "encoder.layer.*.intermediate.dense",
-    "layers.*.feed_forward.output": "encoder.layer.*.output.dense",
-    "layers.*.feed_forward.norm": "encoder.layer.*.output.LayerNorm",
-    "pooler": "pooler.dense",
+    "attention.query": "attention.self.query",
+    "attention.key": "attention.self.key",
+    "attention.value": "attention.self.value",
+    "attention.output": "attention.output.dense",
+    "attention.norm": "attention.output.LayerNorm",
+    "feed_forward.intermediate": "intermediate.dense",
+    "feed_forward.output": "output.dense",
+    "feed_forward.norm": "output.LayerNorm",
 }
-# What BERT checkpoints hold beside the encoder: heads of other tasks, and position ids.
-NOT_THE_ENCODER = ("cls.", "classifier.", "qa_outputs.", "embeddings.position_ids")
+# What BERT checkpoints hold beside the encoder: the pooler, heads of other tasks, and position ids.
+NOT_THE_ENCODER = ("pooler.", "cls.", "classifier.", "qa_outputs.", "embeddings.position_ids")
 # Settings of which one value is supported. A missing setting counts as that value.
 IMPLEMENTED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
                "is_decoder": False, "add_cross_attention": False}
+WORDS = "embeddings.word_embeddings.weight"
+OTHER_FORMS = {"model.safetensors.index.json": "weights in several files", "pytorch_model.bin": "pickled weights",
+               "pytorch_model.bin.index.json": "pickled weights"}
 
 
 def hugging_face_name(name):
     """`layers.3.attention.query.weight` -> `encoder.layer.3.attention.self.query.weight`"""
-    module, _, leaf = name.rpartition(".")
-    layer = next((part for part in module.split(".") if part.isdigit()), "*")  # "*": no layer, nothing is replaced
-    return HUGGING_FACE_NAMES[module.replace(f".{layer}.", ".*.")].replace("*", layer) + "." + leaf
+    layer, module = re.match(r"(layers\.\d+\.)?(.+)\.", name).groups("")
+    return layer.replace("layers", "encoder.layer") + HUGGING_FACE_NAMES[module] + name[len(layer + module):]
 
 
 def read_config(folder):
     """Read config.json into a BertConfig. UserError lists every setting that this encoder does not implement."""
     path = Path(folder) / "config.json"
     given = read_json(path)
+    config = BertConfig(**{field.name: given.get(field.name, field.default) for field in fields(BertConfig)})
     wrong = [f"{key} = {given[key]!r}, but only {only!r} is implemented"
              for key, only in IMPLEMENTED.items() if given.get(key, only) not in (only, None)]
-    numbers = {}
-    for field in fields(BertConfig):
-        value = given.get(field.name, field.default)
-        is_number = isinstance(value, (int, field.type)) and not isinstance(value, bool)
-        if not is_number or value < 0 or field.type is int and value < 1:
-            wrong.append(f"{field.name} = {given.get(field.name)!r} is not a positive {field.type.__name__}")
-        numbers[field.name] = value
-    if not wrong and numbers["hidden_size"] % numbers["num_attention_heads"]:
+    if not wrong:  # another architecture has other names for its sizes
+        for field in fields(config):
+            value, least = getattr(config, field.name), 1 if field.type is int else 0
+            if type(value) not in (int, field.type) or not least <= value <= 10**9:
+                shown = repr(value) if field.name in given else "missing"
+                wrong.append(f"{field.name} is {shown}, not a positive {field.type.__name__}")
+    if not wrong and config.hidden_size % config.num_attention_heads:
         wrong.append("hidden_size is not a multiple of num_attention_heads")
     if wrong:
         raise UserError(f"{path}: " + "; ".join(wrong))
-    return BertConfig(**numbers)
+    return config
+
+
+def read_tensors(path):
+    """Read {Hugging Face's name: tensor} from model.safetensors, without the prefix `bert.` and with LayerNorms called
+    gamma and beta renamed. UserError if it holds no BERT, or for other forms of weights; it names what is there."""
+    for name, form in OTHER_FORMS.items():
+        if not path.is_file() and path.with_name(name).is_file():
+            raise UserError(f"{path.with_name(name)}: {form} are not read; weights/README.md says how to convert them")
+    if not path.is_file():
+        raise UserError(f"{path} is missing: a folder of weights has config.json, model.safetensors and tokenizer.json")
+    with open(path, "rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            raise UserError(f"{path} is a Git-LFS pointer in place of the weights: git lfs pull fetches them")
+    tensors = {}
+    for name, tensor in read_safetensors(path)[0].items():
+        tensors[name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")] = tensor
+    if WORDS not in tensors:
+        prefix = next((name.removesuffix(WORDS) for name in tensors if name.endswith(WORDS)), None)
+        raise UserError(f"{path} holds no BERT: {WORDS} is not among its {len(tensors)} tensors" if prefix is None else
+                        f"{path}: the names start with {prefix!r}; save the state_dict of the model inside "
+                        "(torch.compile adds _orig_mod., DataParallel adds module.)")
+    return tensors
+
+
+def fill(module, path, tensors, theirs):
+    """Give a module without memory, on the meta device, its tensors in fp32. `theirs` maps our names to the names in
+    `tensors`. Raises UserError as check_tensors."""
+    expected = module.state_dict()
+    check_tensors(path, tensors, {theirs(name): tensor for name, tensor in expected.items()})
+    module.load_state_dict({name: tensors[theirs(name)].float() for name in expected}, assign=True)
+    return module.eval()
 
 
 def load_bert(folder, dropout=0.0):
     """Build the encoder that `config.json` describes and load `model.safetensors`, in fp32 and eval mode.
 
-    Accepts names with or without the prefix `bert.`, LayerNorms called gamma and beta, heads of other tasks
-    (skipped), and checkpoints without a pooler. `dropout` replaces both rates of the config. All or nothing: raises a
-    UserError that lists everything missing, unexpected, misshaped or not implemented.
+    Accepts names with or without the prefix `bert.` and LayerNorms called gamma and beta; skips the pooler and heads
+    of other tasks. `dropout` replaces both rates of the config. All or nothing: raises a UserError that lists what is
+    missing, unexpected, misshaped or not implemented. Nothing takes memory before it is known to fit the file.
     """
-    path = Path(folder) / "model.safetensors"
-    for needed in (path.with_name("config.json"), path):
-        if not needed.is_file():
-            raise UserError(f"{needed} is missing: a folder of weights holds config.json, model.safetensors and "
-                            "tokenizer.json (pickled weights such as pytorch_model.bin are not read)")
-    config = read_config(folder)
+    path, config = Path(folder) / "model.safetensors", read_config(folder)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    tensors = {}
-    for name, tensor in read_safetensors(path)[0].items():
-        name = name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
-        if not name.startswith(NOT_THE_ENCODER):
-            tensors[name] = tensor
-    model = Bert(config, pooler="pooler.dense.weight" in tensors)
-    check_tensors(path, tensors, {hugging_face_name(name): tensor for name, tensor in model.state_dict().items()})
-    ours = {name: tensors[hugging_face_name(name)].float() for name in model.state_dict()}
-    model.load_state_dict(ours, assign=True)
-    return model.eval()
+    tensors = {name: tensor for name, tensor in read_tensors(path).items() if not name.startswith(NOT_THE_ENCODER)}
+    layers = len({name.split(".")[2] for name in tensors if name.startswith("encoder.layer.")})
+    if layers != config.num_hidden_layers:
+        raise UserError(f"{path} has {layers} layers, and config.json says num_hidden_layers = "
+                        f"{config.num_hidden_layers}: they do not belong together")
+    with torch.device("meta"):
+        encoder = Bert(config)
+    return fill(encoder, path, tensors, hugging_face_name)
 
 
 def load_pooler(folder):
-    """Load the checkpoint's pooler, an nn.Linear in fp32, or None if it has none."""
-    return load_bert(folder).pooler
+    """Return the checkpoint's pooler as an nn.Linear in fp32, or None if it has none. The pooler is a dense layer over
+    the vector of [CLS], the special first token; a classification head may start from it (head.py)."""
+    path = Path(folder) / "model.safetensors"
+    tensors = read_tensors(path)
+    hidden = tensors[WORDS].shape[-1]
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("pooler.")}
+    with torch.device("meta"):
+        pooler = nn.Linear(hidden, hidden)
+    return fill(pooler, path, tensors, "pooler.dense.{}".format) if tensors else None

@@ -66,7 +66,8 @@ def load_tokenizer(folder, max_length, vocab_size=None):
         content = path.read_text(encoding="utf-8")
         tokenizer = Tokenizer.from_str(content)
     except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{path} is missing or not a tokenizer ({error}): fetch the file again") from None
+        raise UserError(f"{path} is missing or not a tokenizer ({error}): fetch the file again, or make it as "
+                        "weights/README.md says (also from vocab.txt)") from None
     tokenizer.no_padding()  # files from sentence-transformers pad everything to 128
     tokenizer.enable_truncation(max_length)
     processor = json.loads(content).get("post_processor") or {}

@@ -6,14 +6,13 @@ import torch
 
 from . import data
 from .adapter import add_adapters
-from .bert import load_bert
+from .bert import load_bert, load_pooler
 from .head import Classifier, freeze, train_biases
 from .lora import add_lora
 from .tools.files import UserError, progress_bar
 
-
-# Each technique changes the encoder, or the blocks of it that `--top-layers` names, in place. Before that,
-# everything is frozen; the head is made afterwards.
+# Each technique changes a frozen encoder, or its upper blocks (--top-layers), in place. Only what it adds, or makes
+# trainable again, is trained, and the head.
 APPLY = {
     "head": lambda encoder, settings: None,
     "adapter": lambda encoder, settings: add_adapters(
@@ -28,27 +27,26 @@ APPLY = {
 def build(settings, classes, weights):
     """Build the untrained classifier of `settings` (a Namespace of settings.py) on a folder of weights, on the CPU.
 
-    The seed is set again before the head is made, so every technique starts with the same head.
     Raises UserError for weights, targets or --top-layers that do not fit.
     """
-    encoder = load_bert(weights, getattr(settings, "dropout", 0.0))
+    encoder = load_bert(weights, getattr(settings, "dropout", 0.0))  # head tuning has neither dropout nor top_layers
     layers = len(encoder.layers)
     top = getattr(settings, "top_layers", None) or layers
     if top > layers:
         raise UserError(f"--top-layers {top}: the encoder has only {layers} layers")
     freeze(encoder)
-    pooler, encoder.pooler = encoder.pooler, None  # no technique trains it; the head may copy it
     torch.manual_seed(settings.seed)
     try:
-        APPLY[settings.technique](encoder if top == layers else encoder.layers[layers - top:], settings)
+        APPLY[settings.technique](encoder if top == layers else encoder.layers[-top:], settings)
     except ValueError as error:  # how the technique files, which do not import UserError, report a wrong target
         raise UserError(f"{settings.technique}: {error}") from error
-    torch.manual_seed(settings.seed)
+    pooler = load_pooler(weights) if settings.pooling == "cls" else None
+    torch.manual_seed(settings.seed)  # again, so that every technique starts with the same head
     return Classifier(encoder, classes, settings.pooling, settings.head_dropout, pooler=pooler)
 
 
 def trained(model):
-    """The parameters that training changes, by name: what has to be saved."""
+    """Return {name: parameter} of what training changes: this has to be saved."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -61,18 +59,17 @@ def count_parameters(model):
 
 
 def describe(model):
-    """One line for each kind of trained tensor: its name, shape, and count as a multiplication."""
+    """Return a line for each kind of trained tensor: its name, shape, and number of parameters."""
     groups = {}
     for name, parameter in trained(model).items():
         kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        groups.setdefault((kind, tuple(parameter.shape)), []).append(parameter)
+        groups.setdefault((kind, " x ".join(map(str, parameter.shape))), []).append(parameter.numel())
     title = "trained tensor (* = each layer)"
-    width = 2 + max(len(title), *(len(kind) for kind, _ in groups))
+    width = 2 + max(map(len, [title, *(kind for kind, _ in groups)]))
     lines = [f"{title:<{width}}{'shape':<14}count"]
-    for (kind, shape), group in groups.items():
-        size, number = group[0].numel(), len(group)
-        total = f"{size:,}" if number == 1 else f"{number} x {size:,} = {number * size:,}"
-        lines.append(f"{kind:<{width}}{' x '.join(map(str, shape)):<14}{total}")
+    for (kind, shape), sizes in groups.items():
+        total = f"{sizes[0]:,}" if len(sizes) == 1 else f"{len(sizes)} x {sizes[0]:,} = {sum(sizes):,}"
+        lines.append(f"{kind:<{width}}{shape:<14}{total}")
     return lines
 
 
@@ -95,11 +92,8 @@ class Compute:
 
 
 def predict(forward, sentences, compute=Compute(), label="predicting"):
-    """`forward(input_ids, attention_mask)` of each sentence, without gradients: float32 array (n, width), in order.
-    None for no sentences.
-
-    sentences: arrays of token ids. Sentences of similar length share a batch. The caller sets eval mode.
-    """
+    """Return `forward(input_ids, attention_mask)` of each sentence, without gradients: a float32 array (n, width), in
+    the order of `sentences`, arrays of token ids; None for no sentences. The caller sets eval mode."""
     output = None
     with progress_bar(total=len(sentences), unit=" sentences", desc=label) as bar:
         for batch in data.batches_of_tokens(np.array([len(ids) for ids in sentences])):

@@ -32,7 +32,7 @@ HEAD, ADAPTER, LORA = (plots.look(name)[1] for name in ("head", "adapter", "lora
 def meta_model(technique, config, classes=2):
     """Build the classifier of a technique, with its default options, on the meta device."""
     with torch.device("meta"):
-        encoder = Bert(config, pooler=False)
+        encoder = Bert(config)
         freeze(encoder)
         APPLY[technique](encoder, Namespace(**defaults(technique)))
         return Classifier(encoder, classes)

@@ -123,7 +123,7 @@ def write_safetensors(path, tensors, metadata):
 
 
 def check_tensors(path, tensors, expected):
-    """UserError that lists every tensor of `tensors` that is missing, unexpected, misshaped or not finite."""
+    """UserError that counts, and lists up to five, tensors that are missing, unexpected, misshaped or not finite."""
     wrong = [f"missing {name}" for name in expected if name not in tensors]
     for name, tensor in tensors.items():
         if name not in expected:
@@ -133,7 +133,8 @@ def check_tensors(path, tensors, expected):
         elif tensor.dtype not in FLOATS or not tensor.isfinite().all():
             wrong.append(f"{name} holds values that are not finite floating-point numbers")
     if wrong:
-        raise UserError(f"{path} does not fit the model: " + "; ".join(wrong))
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UserError(f"{path} does not fit the model: {'; '.join(wrong[:5])}{more}")
 
 
 # -- progress --------------------------------------------------------------------------------------------
