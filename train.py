@@ -28,6 +28,7 @@ from minipeft.lab import plots
 from minipeft.lora import merge_lora
 from minipeft.model import build, count_parameters, describe, predict, trained
 from minipeft.tools import checkpoint, distributed as parallel, download, fast, texts  # parallel: in one process it changes nothing
+from minipeft.tools.checkpoint import load_data
 from minipeft.tools.fast import choose_compute, peak_memory
 from minipeft.tools.files import UserError, progress_bar, write_json
 
@@ -211,21 +212,6 @@ def measure(forward, sample, dev_set, epoch, seconds):
 
 
 # -- before and after -------------------------------------------------------------------------------------
-
-def load_data(settings, weights):
-    """Read, tokenise and split the data of `settings`: (corpus, tokenizer, train, dev, test index arrays)."""
-    tokenizer = data.load_tokenizer(weights, settings.max_length)
-    files = [settings.data or download.fetch_data()]
-    if settings.test:
-        files.insert(0, settings.test)
-    corpus = texts.read_corpus(files, tokenizer, settings.text_column, settings.label_column)
-    train_set, dev_set, test_set = data.split(corpus, settings.fold)
-    if settings.limit:
-        train_set = np.sort(np.random.default_rng(settings.seed).permutation(train_set)[:settings.limit])
-        if len(np.unique(corpus.labels[train_set])) < len(corpus.classes):
-            raise UserError(f"--limit {settings.limit} leaves a class without a training sentence; take more")
-    return corpus, tokenizer, train_set, dev_set, test_set
-
 
 def check_fit(settings, tokenizer, config, weights):
     """UserError unless tokenizer and --max-length fit the encoder."""

@@ -19,17 +19,19 @@ from argparse import Namespace
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import tokenizers
 import torch
 
+from ..data import load_tokenizer, split
 from ..model import build, trained
 from . import distributed
-from .download import find_weights, hash_weights
+from .download import fetch_data, find_weights, hash_weights
 from .fast import processor
 from .files import UserError, atomic, check_tensors, read_json, read_safetensors, write_safetensors
 from .settings import TECHNIQUES, defaults
-from .texts import fingerprint
+from .texts import fingerprint, read_corpus
 
 RECORD, STATE = "run.json", "state.safetensors"
 FILES = (RECORD, STATE, "model.safetensors", "predictions.csv", "curves.png")
@@ -86,6 +88,21 @@ def read_record(path):
         if missing:
             raise UserError(f"{path} is damaged ({part} lacks {', '.join(missing)}): {DELETE}")
     return record
+
+
+def load_data(settings, weights):
+    """Read, tokenise and split the data of `settings`: (corpus, tokenizer, train, dev, test index arrays)."""
+    tokenizer = load_tokenizer(weights, settings.max_length)
+    files = [settings.data or fetch_data()]
+    if settings.test:
+        files.insert(0, settings.test)
+    corpus = read_corpus(files, tokenizer, settings.text_column, settings.label_column)
+    train_set, dev_set, test_set = split(corpus, settings.fold)
+    if settings.limit:
+        train_set = np.sort(np.random.default_rng(settings.seed).permutation(train_set)[:settings.limit])
+        if len(np.unique(corpus.labels[train_set])) < len(corpus.classes):
+            raise UserError(f"--limit {settings.limit} leaves a class without a training sentence; take more")
+    return corpus, tokenizer, train_set, dev_set, test_set
 
 
 # -- tensors ----------------------------------------------------------------------------------------------
