@@ -3450,8 +3450,8 @@ def test_the_results_in_the_readme_are_those_of_the_records():
     word = analysis.as_verdict(halves["verdict"])
     assert f"| {found['runs']} | {halves['mean']:+.1f} | {word} |".replace("-", "−") in shown
     ranks = list(zip(*analysis.ranks_by_block(analysed["spectrum"]["full"]).values()))
-    top, bottom = (f"{min(block):.0f} to {max(block):.0f} of 384" for block in (ranks[-1], ranks[0]))
-    assert f"{top} singular values hold 90%" in README and f"{bottom} in the lowest" in README
+    top, bottom = (f"{min(block):.0f} to {max(block):.0f}" for block in (ranks[-1], ranks[0]))
+    assert f"{top} of 384 singular values hold 90%" in README and f"{bottom} in the lowest" in README
     times = analysed["latency"]["times"]["1"]
     unmerged, adapters = (100 * np.mean(np.divide(times[name], times["base"]) - 1)
                           for name in ("unmerged LoRA", "adapters"))

@@ -259,7 +259,8 @@ def draw_cut(rows, path):
             means, half = [point.mean for point in points.values()], [p.high - p.mean for p in points.values()]
             _, colour, marker = plots.look(technique)
             shift = 1.07 if series == "trained" else 1 / 1.07  # so that no bar hides another
-            axis.errorbar(np.multiply(list(points), shift), means, half, color=colour, marker=marker, capsize=3, label=name)
+            axis.errorbar(np.multiply(list(points), shift), means, half, color=colour, marker=marker, capsize=3,
+                          label=name)
         axis.set_xscale("log", base=2)
         ranks = [rank for series, rank in found if series == "cut" and rank]
         axis.set_xticks(ranks, ranks)
@@ -425,7 +426,7 @@ def spectrum_numbers(found):
 
 def cut_numbers(found):
     for (series, rank), row in against_whole(found["rows"], "accuracy").items():
-        yield f"{series} at rank {rank}", f"{interval(vars(row))}, folds: {row.runs}", row.verdict
+        yield f"{series} at rank {rank}", f"{interval(vars(row))}, folds: {row.runs}", None
 
 
 def tasks_numbers(found):
