@@ -3700,7 +3700,7 @@ def test_rank_correlation_of_a_case_worked_by_hand():
 
 
 def test_an_unchanged_encoder_forgets_nothing_and_a_trained_one_something(finished, make_settings, tmp_path):
-    train.run(make_settings("head", "--epochs", 0, out="head"))
+    train.run(make_settings("head", "--limit", 64, out="head"))
     assert analysis.similarity_kept(tmp_path / "head")["correlation"] == pytest.approx(1)
     found = analysis.similarity_kept(finished / "full", count=10)
     assert found["correlation"] < 0.999 and len(found["groups"]) == 3 and np.isfinite(found["groups"]).all()
@@ -3727,11 +3727,9 @@ def test_full_fine_tuning_needs_three_products_and_lora_two(tiny):
 
 
 def test_latency_times_every_variant_in_every_round(tiny):
-    found = {size: analysis.latency(tiny, size, rounds=3, calls=1, tokens=5) for size in (1, 4)}
-    assert list(found[4]) == ["base", "base again", "merged LoRA", "unmerged LoRA", "adapters"]
-    assert all(len(times) == 3 and min(times) > 0 for times in found[4].values())
-    row = analysis.claim_latency(found, "a processor")
-    assert row["measured"].count("%") == 9 and row["verdict"].count(":") == 9
+    found = analysis.latency(tiny, 4, rounds=3, calls=1, tokens=5)
+    assert list(found) == ["base", "base again", "merged LoRA", "unmerged LoRA", "adapters"]
+    assert all(len(times) == 3 and min(times) > 0 for times in found.values())
 
 
 def test_spans_are_averaged_over_runs_and_compared_in_pairs():
@@ -3749,36 +3747,103 @@ def test_spans_are_averaged_over_runs_and_compared_in_pairs():
     assert found["differences"]["all layers"] == vars(expected)
 
 
+def changed_copy(run, folder, old, new):
+    """A copy of a finished run whose record has `new` in place of `old`. Returns the path of the record."""
+    path = shutil.copytree(run, folder) / "run.json"
+    record = path.read_text()
+    assert old in record
+    path.write_text(record.replace(old, new))
+    return path
+
+
 def test_all_folds_of_the_setting_nearest_to_the_defaults_are_analysed(finished, tmp_path):
-    folder = shutil.copytree(finished, tmp_path / "runs")
-
-    def add(name, old, new):
-        shutil.copytree(folder / "lora", folder / name)
-        record = (folder / name / "run.json").read_text()
-        assert old in record
-        (folder / name / "run.json").write_text(record.replace(old, new))
-
-    add("a-rank-4", '"rank": 8', '"rank": 4')
-    add("b-seed-1", '"seed": 0', '"seed": 1')
-    found = analysis.find_runs(folder)
-    (fold, _), = found["full"]
-    assert found == {"adapter": {(fold, 0): str(folder / "adapter")}, "full": {(fold, 0): str(folder / "full")},
-                     "lora": {(fold, 0): str(folder / "lora"), (fold, 1): str(folder / "b-seed-1")}}
+    changed_copy(finished / "lora", tmp_path / "a-rank-4", '"rank": 8', '"rank": 4')
+    other_seed = changed_copy(finished / "lora", tmp_path / "b-seed-1", '"seed": 0', '"seed": 1')
+    found = analysis.find_runs([*finished.glob("*/run.json"), *tmp_path.glob("*/run.json")])
+    assert found == {name: {(0, 0): finished / name / "run.json"} for name in ("adapter", "lora", "full")} | {
+        "lora": {(0, 0): finished / "lora/run.json", (0, 1): other_seed}}
 
 
-def test_the_analysis_writes_claims_and_figures_and_keeps_the_latency_of_before(finished, tiny, tmp_path):
-    (tmp_path / "analysis.json").write_text(json.dumps({"latency": {"row": {"claim": "measured before", "source": "",
-                                                                           "measured": "", "verdict": ""}}}))
-    command = ["--out", str(tmp_path), "--runs", str(finished), "--weights", str(tiny)]
-    assert analysis.main(command) == 0
+@torch.no_grad()
+def test_a_cut_update_is_the_projection_on_its_largest_directions(finished, tiny):
+    """The oracle: the eigenvectors of U^T U for the largest eigenvalues span the closest matrix of that rank."""
+    rows = {row["rank"]: row for row in analysis.cut_updates(finished / "full")}
+    assert list(rows) == [0, 1, 2, 4, 8, 16, 32]
+    base = load_bert(tiny).layers
+    for rank in (0, 4, 32):
+        model, record, weights = open_run(finished / "full")
+        for name, layer in base.named_modules():
+            if isinstance(layer, nn.Linear):
+                weight = model.encoder.layers.get_submodule(name).weight
+                update = (weight - layer.weight).double()
+                largest = torch.linalg.eigh(update.T @ update).eigenvectors.flip(1)[:, :rank]
+                weight.copy_(layer.weight + update @ largest @ largest.T)
+        corpus, *sets = analysis.read_data(record, weights)
+        parts = {part: {"logits": predict(model, corpus.sentences(indices)), "labels": corpus.labels[indices]}
+                 for part, indices in zip(("dev", "test"), sets)}
+        expected = analysis.score("cut", rank, record | (parts if rank < 32 else {}))
+        assert rows[rank] == expected | {"calibrated_loss": pytest.approx(expected["calibrated_loss"], abs=1e-4)}
+    with pytest.raises(UserError, match="not a run of full fine-tuning"):
+        analysis.cut_updates(finished / "lora")
+
+
+def test_cut_updates_are_compared_with_the_whole_update_of_the_same_fold():
+    rows = [{"series": series, "rank": rank, "fold": fold, "accuracy": accuracy}
+            for fold, level in enumerate((80, 90))
+            for series, rank, accuracy in (
+                ("cut", 0, 60), ("cut", 1, level - 4), ("cut", 32, level), ("trained", 1, level))]
+    rows.append({"series": "trained", "rank": 8, "fold": 7, "accuracy": 99})  # no whole update on this fold
+    found = analysis.against_whole(rows, "accuracy")
+    assert {key: row.mean for key, row in found.items()} == {("cut", 0): -25, ("cut", 1): -4, ("trained", 1): 0}
+    assert found["cut", 0] == stats.paired([-20, -30])
+    assert math.isnan(analysis.against_whole(rows[:4], "accuracy")["cut", 1].low)  # one fold has no interval
+
+
+def test_only_lora_runs_that_differ_in_rank_and_fold_alone_stand_beside_the_cut_ones(make_settings, tmp_path):
+    settings = make_settings("lora", "--limit", 64)
+    train.run(settings)
+    record = read_json(tmp_path / "run/run.json")
+    record["settings"] = checkpoint.recorded(SimpleNamespace(**options.defaults("lora")))
+    for name, change in {"rank-4": {"rank": 4, "fold": 3}, "alpha": {"alpha": 8.0}, "lr": {"lr": 1.0}}.items():
+        write_json(tmp_path / f"{name}.json", record | {"settings": record["settings"] | change})
+    [row] = analysis.trained_ranks(tmp_path.glob("*.json"), record)
+    assert (row["series"], row["rank"], row["fold"]) == ("trained", 4, 3)
+    assert analysis.trained_ranks(tmp_path.glob("*.json"), record | {"data_sha256": ["other"]}) == []
+
+
+def test_techniques_take_turns_on_one_encoder_and_leave_its_bits(finished, tmp_path, make_settings, tiny):
+    train.run(make_settings("lora", "--limit", 64, "--top-layers", 1, "--rank", 2, out="top"))
+    found = analysis.share_encoder([finished / "lora", finished / "adapter", tmp_path / "top"], rounds=2)
+    assert [run["technique"] for run in found["runs"]] == ["lora", "adapter", "lora"]
+    assert found["encoder_mb"] == sum(tensor.nbytes for tensor in load_bert(tiny).state_dict().values()) / 1e6
+    for run in found["runs"]:
+        assert run["saved_mb"] < 0.6 * run["whole_mb"] and run["switch_ms"] > 0
+    with pytest.raises(UserError, match="full changes the base weights"):
+        analysis.share_encoder([finished / "lora", finished / "full"])
+
+
+def test_the_analysis_adds_sections_and_makes_figures_and_table_from_all_of_them(finished, tiny, tmp_path):
+    out = ["--out", str(tmp_path), "--weights", str(tiny)]
+    (tmp_path / "runs").mkdir()
+    shutil.copy(finished / "lora/run.json", tmp_path / "runs/lora.json")
+    for more in ([], ["--cut", str(finished / "full")], ["--tasks", str(finished / "lora"), str(finished / "adapter")],
+                 ["--runs", str(finished)]):
+        assert analysis.main([*out, *more]) == 0
     content = read_json(tmp_path / "analysis.json")
-    assert len(content["claims"]) == 5 and content["claims"][0]["claim"] == "measured before"
-    for row in content["claims"][1:]:
-        assert set(row) == {"claim", "source", "measured", "verdict", "figure", "command"}
-        assert row["figure"] is None or (tmp_path / row["figure"]).stat().st_size > 5000
-        assert row["figure"] not in [f"{name}.png" for name in STUDIES]  # compare.py writes those
-        assert shlex.split(row["command"]) == ["python", "-m", "minipeft.lab.analysis", *command]
     assert len(content["memory"]["lora"]["steps"]["milliseconds"]) == 1
+    assert [row["claim"] for row in content["claims"]] == [
+        analysis.SECTIONS[name][0] for name in ("layers", "spectrum", "cut", "tasks", "forgetting", "memory")]
+    for row in content["claims"]:
+        assert set(row) == {"claim", "source", "measured", "verdict", "figure", "command"}
+        assert shlex.split(row["command"])[:7] == ["python", "-m", "minipeft.lab.analysis", *out]
+    figures = {row["figure"] for row in content["claims"]} - {None}
+    assert len(figures) == 4 and all((tmp_path / figure).stat().st_size > 5000 for figure in figures)
+    # a matrix of rank 8 has 8 singular values, stored with four digits
+    values = content["spectrum"]["values"]["lora"]["layers.0.attention.query"]
+    assert len(values) == 8 and values == sorted((float(f"{value:.4g}") for value in values), reverse=True)
+    shutil.rmtree(tmp_path / "figures")
+    assert analysis.publish(tmp_path, content) == content["claims"]  # from the numbers alone
+    assert all((tmp_path / figure).is_file() for figure in figures)
 
 
 # -- lab/explain.py ---------------------------------------------------------------------------------------
@@ -3952,16 +4017,19 @@ def test_the_results_in_the_readme_are_those_of_the_records():
     theirs = [float(number) for number in re.findall(r"([\d.]+)% \(", limits.partition("earlier implementation")[2])]
     below = [f"{other - found[name]:.2f}" for other, name in zip(theirs, ("head", "adapter", "lora"), strict=True)]
     assert "Ours are {}, {} and {} points below".format(*below) in limits
-    found = read_json(ROOT / "results/analysis.json")["layers"]
+    analysed = read_json(ROOT / "results/analysis.json")
+    found = analysed["layers"]
     halves = found["differences"]["lower half instead of upper half"]
     word = analysis.as_verdict(halves["verdict"])
     assert f"| {found['runs']} | {halves['mean']:+.1f} | {word} |".replace("-", "−") in shown
-    text = (ROOT / "results/analysis.json").read_text()
-    [rank] = re.findall(r"(\d+ of \d+) singular values hold 90%", README)
-    assert f"The largest {rank} (full)" in text
-    unmerged, adapters = re.search(r"batch 1: .*?unmerged LoRA \+([\d.]+)%.*?; adapters \+([\d.]+)%", text).groups()
-    assert f"{float(adapters):.0f}% to its time at batch 1" in README
-    assert f"{float(unmerged):.0f}% more time at batch 1" in README
+    ranks = list(zip(*analysis.ranks_by_block(analysed["spectrum"]["full"]).values()))
+    top, bottom = (f"{min(block):.0f} to {max(block):.0f}" for block in (ranks[-1], ranks[0]))
+    assert f"{top} of 384 singular values hold 90%" in README and f"{bottom} in the lowest" in README
+    times = analysed["latency"]["times"]["1"]
+    unmerged, adapters = (100 * np.mean(np.divide(times[name], times["base"]) - 1)
+                          for name in ("unmerged LoRA", "adapters"))
+    assert f"{adapters:.0f}% to its time at batch 1" in README
+    assert f"{unmerged:.0f}% more time at batch 1" in README
 
 
 def test_what_is_said_about_the_accuracy_of_bf16_is_true_of_the_records():
@@ -4208,11 +4276,10 @@ def test_each_exercise_has_a_test_that_a_solution_passes_and_a_wrong_one_does_no
             exec(test, others)
 
 
-def test_the_figures_are_drawn_from_the_shapes_of_any_bert(real, tiny, tmp_path):
+def test_the_figures_are_drawn_from_the_shapes_of_any_bert_without_overlaps(real, tiny, tmp_path):
     assert figures.main(["--weights", str(tiny), "--out", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == set(figures.FIGURES)
-    config = models.load_bert(real).config
-    written = {}
+    assert {path.name for path in tmp_path.iterdir()} == {*figures.FIGURES, "steps.gif"}
+    config, written = read_config(real), {}
     for name, draw in figures.FIGURES.items():
         figure = draw(config)
         figure.canvas.draw()
@@ -4225,7 +4292,16 @@ def test_the_figures_are_drawn_from_the_shapes_of_any_bert(real, tiny, tmp_path)
     for words in ("384 × 384", "1,536 × 384", "12 heads of 32", "148,610", "299,904", "9,216", "331,776",
                   "22,565,376"):
         assert words in written["mechanism.png"]
-    assert "= 24,992 trained" in written["adapter.png"] and "= 6,144 trained" in written["lora.png"]
+    assert "dropout" in written["adapter.png"] and "= 6,144 trained" in written["lora.png"]
+
+
+def test_in_ten_steps_b_leaves_zero_first_then_a_and_the_loss_falls(tiny):
+    rows = figures.train_ten_steps(tiny)
+    a_moves, b_moves = ([step for step in range(10) if not torch.equal(rows[step][part], rows[step + 1][part])]
+                        for part in (0, 1))
+    assert len(rows) == 11 and not rows[0][1].any()
+    assert b_moves == list(range(10)) and a_moves == list(range(1, 10))
+    assert rows[-1][2] < rows[0][2]
 
 
 # STYLE.md's left column: what is not said in this repository, in code or prose.

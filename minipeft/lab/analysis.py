@@ -1,25 +1,31 @@
-"""Analyse finished runs and models without training: layers, spectra, forgetting, memory, inference.
+"""Analyse finished runs without training: layers, spectra, cut updates, forgetting, many tasks, memory, inference.
 
-    python -m minipeft.lab.analysis --out results --runs results/folders      all but inference
-    python -m minipeft.lab.analysis --out results --latency                   inference, on a quiet machine
+    python -m minipeft.lab.analysis                          memory; figures and table of everything measured so far
+    python -m minipeft.lab.analysis --runs results/folders   the same, and layers, spectra, forgetting
+    python -m minipeft.lab.analysis --cut RUN ...            cut the update of full fine-tuning to low ranks
+    python -m minipeft.lab.analysis --tasks RUN RUN ...      several techniques in turn on one encoder
+    python -m minipeft.lab.analysis --latency                inference, on a quiet machine
 
-Each function returns plain numbers. `main` writes them to analysis.json, with one row a claim, and draws figures.
+OUT/analysis.json has one section a measurement, with numbers. `publish` makes figures and table from it, without runs.
 """
 import copy
+import math
 import shlex
 import sys
+import time
 import timeit
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import rc_context
 from torch import nn
 
-from ..adapter import AdapterLinear
-from ..bert import load_bert
-from ..head import pool
-from ..lora import merge_lora
-from ..model import Compute, predict
+from ..adapter import AdapterLinear, remove_adapters
+from ..bert import load_bert, read_config
+from ..head import Classifier, freeze, pool
+from ..lora import merge_lora, remove_lora
+from ..model import APPLY, Compute, predict
 from ..tools import checkpoint, download, settings as options, texts
 from ..tools.fast import processor
 from ..tools.files import UserError, progress_bar, read_json, write_json
@@ -27,13 +33,32 @@ from . import plots, stats
 from .memory import SENTENCES, TOKENS, make_model, memory
 
 
+# -- finding runs and their data --------------------------------------------------------------------------
+
 def read_data(record, weights):
     """Read the data of a run again: (corpus, dev indices, test indices). UserError if the files have changed."""
-    from train import load_data
-    corpus, _, _, dev, test = load_data(checkpoint.settings_of(record), weights)
+    corpus, _, dev, test = texts.load_data(checkpoint.settings_of(record), weights, read_config(weights))
     if [texts.fingerprint(path) for path in corpus.files] != record["data_sha256"]:
         raise UserError(f"{corpus.files[-1]}: the data have changed since the run; restore them or train again")
     return corpus, dev, test
+
+
+def find_runs(paths):
+    """The finished runs of each technique that differ in fold and seed alone: {technique: {(fold, seed): path}}.
+
+    paths: of their records. Of several such groups, take the one with the fewest settings that are not the defaults.
+    """
+    groups = {}
+    for path in sorted(paths):
+        record = checkpoint.read_record(path)
+        if "failed" not in record:
+            rest = dict(record["settings"])
+            technique, repeat = rest["technique"], (rest.pop("fold", None), rest.pop("seed"))
+            default = options.defaults(technique)
+            key = sum(value != default.get(name) for name, value in rest.items()), repr(rest)
+            groups.setdefault(technique, {}).setdefault(key, {})[repeat] = path
+    return {technique: groups[technique][min(groups[technique])] for technique in options.TECHNIQUES
+            if technique in groups}
 
 
 # -- which layers matter ----------------------------------------------------------------------------------
@@ -95,22 +120,200 @@ def intruders(before, after, top=10, cosine=0.5):
     return int(((new[:, :top].T @ old).abs().amax(1) < cosine).sum())
 
 
+def trained_matrices(encoder, weights):
+    """Yield (name, W0, W, layer that holds W) for each linear layer of the blocks that was trained; float64."""
+    for name, layer in load_bert(weights).named_modules():
+        if name.startswith("layers.") and isinstance(layer, nn.Linear):
+            tuned = encoder.get_submodule(name)
+            tuned = getattr(tuned, "linear", tuned)  # the base layer in an adapter's wrapper
+            before, after = layer.weight.detach().double(), tuned.weight.detach().double()
+            if not torch.equal(before, after):
+                yield name, before, after, tuned
+
+
 def update_spectrum(folder, weights=None):
-    """Singular values of W - W0 for each linear layer of the encoder that was trained, and intruder dimensions.
-    {layer name: numbers}"""
+    """Singular values of W - W0 for each linear layer of the blocks that was trained, the rank that holds 90% of
+    their energy, and intruder dimensions. {layer name: numbers}"""
     model, _, weights = checkpoint.open_run(folder, weights)
     merge_lora(model)
-    tuned, result = dict(model.encoder.named_modules()), {}
-    for name, layer in load_bert(weights).named_modules():
-        if isinstance(layer, nn.Linear) and name != "pooler":
-            linear = getattr(tuned[name], "linear", tuned[name])  # the base layer in an adapter's wrapper
-            before, after = layer.weight.detach().double(), linear.weight.detach().double()
-            if torch.equal(before, after):
-                continue
-            values = torch.linalg.svdvals(after - before)
-            result[name] = {"values": values.tolist(), "rank": rank_of_energy(values ** 2),
-                            "intruders": intruders(before, after)}
+    result = {}
+    for name, before, after, _ in trained_matrices(model.encoder, weights):
+        values = torch.linalg.svdvals(after - before)
+        result[name] = {"values": values.tolist(), "rank": rank_of_energy(values ** 2),
+                        "intruders": intruders(before, after)}
     return result
+
+
+def mean_values(runs):
+    """Take the singular values out of what update_spectrum returns for each run, and average them for each layer:
+    {layer name: four digits each, without those that are zero}."""
+    means = {name: np.mean([run[name].pop("values") for run in runs], axis=0) for name in runs[0]}
+    return {name: [float(f"{value:.4g}") for value in values if value > 1e-6 * values[0]]
+            for name, values in means.items()}
+
+
+def ranks_by_block(runs):
+    """{kind of matrix: mean rank of 90% of the energy in each block, from the bottom}. runs: of update_spectrum"""
+    kinds = {}
+    for name in runs[0]:
+        kinds.setdefault(name.split(".", 2)[2], []).append(float(np.mean([run[name]["rank"] for run in runs])))
+    return kinds
+
+
+@rc_context(plots.STYLE)
+def draw_ranks(found, path):
+    """The rank that holds 90% of the energy of an update, for each block and kind of matrix."""
+    figure, [axes] = plots.figure_in_style(1, 2, (9, 4.6), sharex=True, sharey=True)
+    for axis, technique in zip(axes, ("full", "lora")):
+        kinds = ranks_by_block(found[technique])
+        for kind, ranks in kinds.items():
+            _, colour, marker = plots.look(kind, kinds)
+            axis.plot(range(1, len(ranks) + 1), ranks, color=colour, marker=marker,
+                      label=kind.replace("_", "-").replace(".", ", "))
+        axis.set(title=plots.look(technique)[0], xlabel="block, from the bottom", yscale="log", ylim=(0.8, 400))
+        axis.set_yticks((1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 2, 4, 8, 16, 32, 64, 128, 256))
+        axis.minorticks_off()
+    axes[0].set_ylabel("rank for 90% of the energy")
+    return plots.finish(figure, path, "how many singular values of an update W - W0 hold 90% of its squared norm; mean "
+                        f"of {len(found['full'])} runs")
+
+
+# -- cut the update to a low rank -------------------------------------------------------------------------
+
+def score(series, rank, record):
+    """One row of the section "cut": accuracy (per cent) and calibrated loss (nats) on test; the temperature is fitted
+    on dev. record: as in run.json; of its predictions only logits and labels are needed."""
+    (dev, known), (test, labels) = ((np.array(record[part]["logits"], dtype=float), np.array(record[part]["labels"]))
+                                    for part in ("dev", "test"))
+    return {"series": series, "rank": rank, "fold": record["settings"].get("fold"),
+            "accuracy": 100 * float((test.argmax(1) == labels).mean()),
+            "calibrated_loss": stats.log_loss(test / stats.temperature(dev, known), labels)}
+
+
+@torch.no_grad()
+def cut_updates(folder, weights=None):
+    """Classify the test sentences of a full fine-tuning run with the update of every matrix of the blocks cut to rank
+    0, 1, 2, 4, ...; the last rank is the whole update. Returns one row a rank, as `score` makes it.
+
+        W0 + U_r S_r V_r^T, with U S V^T = W - W0: no update of rank r is closer to W - W0 (Eckart & Young 1936)
+
+    Embeddings, biases, norms and head stay as trained, also at rank 0.
+    """
+    model, record, weights = checkpoint.open_run(folder, weights)
+    if record["settings"]["technique"] != "full":
+        raise UserError(f"{folder} is not a run of full fine-tuning: choose a folder that train.py full wrote")
+    corpus, *sets = read_data(record, weights)
+    compute = Compute(precision=record["machine"]["precision"])  # that of the run, on the CPU
+    parts = [(layer, before, torch.linalg.svd(after - before, full_matrices=False))
+             for _, before, after, layer in trained_matrices(model.encoder, weights)]
+    whole, rows = model.encoder.config.hidden_size, []
+    for rank in [0, *(2 ** power for power in range(whole.bit_length()) if 2 ** power < whole), whole]:
+        for layer, before, (u, s, v) in parts:
+            layer.weight.copy_(before + (u[:, :rank] * s[:rank]) @ v[:rank])
+        predicted = {part: {"logits": predict(model, corpus.sentences(indices), compute, f"rank {rank}, {part}"),
+                            "labels": corpus.labels[indices]} for part, indices in zip(("dev", "test"), sets)}
+        rows.append(score("cut", rank, record | predicted))
+    return rows
+
+
+def trained_ranks(paths, like):
+    """The rows, as of `score`, of LoRA runs at default settings but for rank and fold, with the data, base weights and
+    precision of the record `like`. paths: of their records"""
+    def inputs(record):
+        return record["weights_sha256"], record["data_sha256"], record["machine"]["precision"]
+
+    default, rows = options.defaults("lora"), []
+    for record in map(checkpoint.read_record, sorted(paths)):
+        settings = record["settings"]
+        changed = {name for name, value in settings.items() if value != default.get(name)}
+        if changed <= {"rank", "fold"} and "failed" not in record and inputs(record) == inputs(like):
+            rows.append(score("trained", settings["rank"], record))
+    return rows
+
+
+def against_whole(rows, measure, **rule):
+    """Compare every row with the whole update on the same fold: {(series, rank): stats.Comparison}. With one fold the
+    interval is NaN. measure: "accuracy" or "calibrated_loss"; rule: as in stats.judge"""
+    last = max(row["rank"] for row in rows if row["series"] == "cut")
+    whole = {row["fold"]: row[measure] for row in rows if row["series"] == "cut" and row["rank"] == last}
+    pairs = {}
+    for row in rows:
+        if row["fold"] in whole and (row["series"], row["rank"]) != ("cut", last):
+            pairs.setdefault((row["series"], row["rank"]), []).append(row[measure] - whole[row["fold"]])
+    return {key: stats.paired(values, **rule) if len(values) > 1 else stats.judge(values[0], math.nan, 1, 1, **rule)
+            for key, values in sorted(pairs.items())}
+
+
+@rc_context(plots.STYLE)
+def draw_cut(rows, path):
+    """What is lost if the update is cut to a rank, beside LoRA trained at that rank."""
+    figure, [axes] = plots.figure_in_style(1, 2, (9, 5))
+    for axis, measure, unit in zip(axes, ("accuracy", "calibrated_loss"), ("points", "nats")):
+        found = against_whole(rows, measure)
+        axis.axhline(0, color=plots.INK, linewidth=1)
+        axis.axhline(found["cut", 0].mean, color="#7f7f7f", linestyle="--", label="rank 0: no matrix updated")
+        for series, name, technique in (("cut", "full fine-tuning, cut to this rank", "full"),
+                                        ("trained", "LoRA, trained at this rank", "lora")):
+            points = {rank: point for (kind, rank), point in found.items() if kind == series and rank}
+            means, half = [point.mean for point in points.values()], [p.high - p.mean for p in points.values()]
+            _, colour, marker = plots.look(technique)
+            shift = 1.07 if series == "trained" else 1 / 1.07  # so that no bar hides another
+            axis.errorbar(np.multiply(list(points), shift), means, half, color=colour, marker=marker, capsize=3,
+                          label=name)
+        axis.set_xscale("log", base=2)
+        ranks = [rank for series, rank in found if series == "cut" and rank]
+        axis.set_xticks(ranks, ranks)
+        axis.minorticks_off()
+        axis.set(xlabel="rank", title=f"change of {measure.replace('_', ' ')} ({unit})")
+    return plots.finish(figure, path, "0: the whole update; bars: 95% intervals over folds. Cutting is not training at "
+                        "that rank: only the updates of\nthe blocks' matrices are cut, after training; embeddings, "
+                        "biases, norms and head stay as trained, also at rank 0")
+
+
+# -- one encoder, many tasks ------------------------------------------------------------------------------
+
+REMOVE = {"head": lambda encoder: None, "adapter": remove_adapters, "lora": remove_lora}
+
+
+@torch.no_grad()
+def share_encoder(folders, weights=None, rounds=11):
+    """Load runs in turn into one encoder, `rounds` times, and take each out again. {"encoder_mb", "runs": [numbers]}
+
+    A switch reads the saved file, inserts the technique, fills it and, in the end, takes it out. Raises AssertionError
+    unless every logit is that of the run opened alone, and in the end every bit of the encoder that of the base
+    weights; UserError for a run that changes the base weights.
+    """
+    opened = [checkpoint.open_run(folder, weights) for folder in folders]
+    for folder, (_, record, _) in zip(folders, opened):
+        if record["settings"]["technique"] not in REMOVE:
+            raise UserError(f"{folder}: {record['settings']['technique']} changes the base weights; choose runs of "
+                            f"{', '.join(REMOVE)}")
+    weights, times = opened[0][2], [[] for _ in folders]
+    encoder = load_bert(weights)
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    ids = torch.arange(SENTENCES * TOKENS).view(SENTENCES, TOKENS) % encoder.config.vocab_size
+    for _ in range(rounds):
+        for folder, (alone, record, _), seconds in zip(folders, opened, times):
+            settings, began = checkpoint.settings_of(record), time.perf_counter()
+            freeze(encoder)
+            top = record["settings"].get("top_layers")
+            APPLY[settings.technique](encoder.layers[-top:] if top else encoder, settings)
+            model = Classifier(encoder, len(record["classes"]), settings.pooling).eval()
+            path = Path(folder) / "model.safetensors"
+            checkpoint.fill(model, checkpoint.read_tensors(path)[0], path)
+            ready = time.perf_counter()
+            assert torch.equal(model(ids), alone(ids)), f"{folder}: other logits than alone"
+            removing = time.perf_counter()
+            REMOVE[settings.technique](encoder)
+            seconds.append(ready - began + time.perf_counter() - removing)
+    after = encoder.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    return {"encoder_mb": sum(tensor.nbytes for tensor in before.values()) / 1e6, "rounds": rounds, "runs": [
+        {"name": Path(folder).name, "technique": record["settings"]["technique"],
+         "saved_mb": (Path(folder) / "model.safetensors").stat().st_size / 1e6,
+         "whole_mb": sum(parameter.nbytes for parameter in alone.parameters()) / 1e6,
+         "switch_ms": 1000 * float(np.median(seconds))}
+        for folder, (alone, record, _), seconds in zip(folders, opened, times)]}
 
 
 # -- forgetting -------------------------------------------------------------------------------------------
@@ -148,7 +351,25 @@ def similarity_kept(folder, weights=None, count=500, groups=10):
             "groups": [spearman(cosines(before[part]), cosines(after[part])) for part in parts]}
 
 
-# -- inference --------------------------------------------------------------------------------------------
+# -- memory and inference ---------------------------------------------------------------------------------
+
+def step_times(paths):
+    """The machine of the first of these records, and the milliseconds a step of all that were made on it."""
+    records = [checkpoint.read_record(path) for path in paths]
+    machine = records[0]["machine"]
+    return {"machine": machine, "milliseconds": [record["metrics"]["step_milliseconds"] for record in records
+                                                 if record["machine"] == machine]}
+
+
+def draw_memory(found, path):
+    """Memory of a training step by purpose, for each technique."""
+    bars = {}
+    for name in options.TECHNIQUES:
+        parts = {part: size / 1e6 for part, size in found[name]["formula"].items()}
+        bars[name] = plots.Memory(**parts, measured=sum(found[name]["measured"][part] for part in parts) / 1e6)
+    return plots.memory(bars, f"{SENTENCES} sentences of {TOKENS} tokens, fp32; bars: by formula; diamond: tensors "
+                        "counted in a step;\nthe peak of a process is higher", path)
+
 
 VARIANTS = {"base": "head", "base again": "head", "merged LoRA": "lora", "unmerged LoRA": "lora", "adapters": "adapter"}
 
@@ -170,16 +391,12 @@ def latency(weights, size, rounds=20, calls=20, tokens=TOKENS):
     return result
 
 
-# -- the claims -------------------------------------------------------------------------------------------
+# -- the table: for each section its numbers, as (name, value, verdict or None) ----------------------------
 
-def span(row, unit=" points", digits=1):
-    """A paired difference in words, from the dict of a stats.Comparison. Its interval's level goes with `at_level`."""
+def interval(row, unit=" points", digits=1):
+    """A paired difference with its interval, from a stats.Comparison as a dict."""
     mean, low, high = (f"{row[key]:+.{digits}f}" for key in ("mean", "low", "high"))
-    return f"{mean}{unit} [{low}, {high}]"
-
-
-def at_level(row):
-    return f" (intervals at {100 * row['level']:.4g}%)"
+    return f"{mean}{unit}" + ("" if math.isnan(row["low"]) else f" [{low}, {high}] at {100 * row['level']:.4g}%")
 
 
 def as_verdict(word):
@@ -187,210 +404,184 @@ def as_verdict(word):
     return {"better": "confirmed", "worse": "contradicted"}.get(word.split(",")[0], word)
 
 
-def each(runs):
-    return "one run each" if runs == 1 else f"{runs} runs each"
+def layers_numbers(found):
+    yield "runs", found["runs"], None
+    yield "with all adapters", f"{found['complete']:.1f}%", None
+    for name, row in found["differences"].items():  # better without the lower half: it matters less
+        verdict = as_verdict(row["verdict"]) if name.startswith("lower half") else row["verdict"]
+        yield f"removed: {name}", interval(row), verdict
 
 
-def claim_layers(found):
-    """found: result of compare_spans"""
-    rows = found["differences"]
-    single, everything, halves = (span(row) for row in rows.values())
-    lower = as_verdict(rows["lower half instead of upper half"]["verdict"])  # better without them: they matter less
-    runs = "one run" if found["runs"] == 1 else f"{found['runs']} runs"
-    return {"claim": "adapters: no single layer matters much, all together do, lower layers less than upper ones",
-            "source": "Houlsby et al. 2019, section 3.6, figure 6 (left, centre)",
-            "measured": f"{runs}, {found['complete']:.1f}% with all adapters. Removed: the worst single layer "
-                        f"({found['worst'] + 1}) {single}; all {everything}; the lower half instead of the upper half "
-                        f"{halves}{at_level(rows['all layers'])}",
-            "verdict": f"{runs}. Removing the worst single layer: {rows['worst single layer']['verdict']}; removing "
-                       f"all: {rows['all layers']['verdict']}; lower layers matter less than upper ones: {lower}",
-            "figure": "removed.png"}
+def spectrum_numbers(found):
+    yield "runs of each", len(found["full"]), None
+    for name in ("full", "lora"):
+        blocks = list(zip(*ranks_by_block(found[name]).values()))
+        for place, ranks in (("bottom", blocks[0]), ("top", blocks[-1])):
+            yield f"rank for 90% of the energy, {name}, {place} block", f"{min(ranks):.0f} to {max(ranks):.0f}", None
+        counts = [layer["intruders"] for run in found[name] for layer in run.values()]
+        yield (f"intruders (top 10 of each matrix), {name}", f"{sum(counts):,} of {10 * len(counts):,}",
+               "confirmed" if any(counts) == (name == "lora") else "not confirmed")
 
 
-def mean_energy(runs):
-    """The share of the energy that each singular value holds, largest first, as a mean over matrices and runs."""
-    squares = np.square([row["values"] for run in runs for row in run.values()])
-    return (squares / squares.sum(1, keepdims=True)).mean(0)
+def cut_numbers(found):
+    for (series, rank), row in against_whole(found["rows"], "accuracy").items():
+        yield f"{series} at rank {rank}", f"{interval(vars(row))}, folds: {row.runs}", None
 
 
-def claim_spectrum(found):
-    """found: {technique: [result of update_spectrum for each run]}, with full and lora. All matrices have the same full
-    rank."""
-    full, lora = mean_energy(found["full"]), mean_energy(found["lora"])
-    needed, rank = (rank_of_energy(energy) for energy in (full, lora))
-    most, runs = int((lora > 1e-12).sum()), each(len(found["full"]))
-    matrices = {name: sum(map(len, rows)) for name, rows in found.items()}
-    new = {name: sum(row["intruders"] for run in rows for row in run.values()) for name, rows in found.items()}
-    return {"claim": "the update of full fine-tuning is low-rank; LoRA has intruder dimensions, full has none",
-            "source": "Hu et al. 2021, section 4.1 (hypothesis); Biderman et al. 2024, arXiv 2405.09673 (the "
-                      "opposite); Shuttleworth et al. 2024, arXiv 2410.21228 (intruders)",
-            "measured": f"{runs}, mean over all trained matrices ({matrices['full']} full, {matrices['lora']} "
-                        f"LoRA). The largest {needed} of {len(full)} (full) and {rank} of {most} (LoRA) singular "
-                        f"values of the update hold 90% of its squared norm (energy); the largest {most} hold "
-                        f"{full[:most].sum():.0%} of full fine-tuning's. Intruder dimensions (new singular vectors, "
-                        "with a cosine below 0.5 to every old one) among the top 10 of each matrix: "
-                        f"{new['full']} of {10 * matrices['full']:,} (full), {new['lora']} of "
-                        f"{10 * matrices['lora']:,} (LoRA)",
-            "verdict": f"{runs}. No verdict on low rank: the hypothesis is that a low-rank update suffices, not "
-                       "that full fine-tuning finds one. Intruder dimensions with LoRA: "
-                       f"{'confirmed' if new['lora'] else 'not confirmed'}; none with full fine-tuning: "
-                       f"{'contradicted' if new['full'] else 'confirmed'}",
-            "figure": "spectrum.png"}
+def tasks_numbers(found):
+    saved, whole = (sum(run[key] for run in found["runs"]) for key in ("saved_mb", "whole_mb"))
+    yield "base weights after all switches", "the same bits", "confirmed"
+    yield "one encoder and all saved files", f"{found['encoder_mb'] + saved:.1f} MB", None
+    yield f"{len(found['runs'])} whole models", f"{whole:.1f} MB", None
+    for run in found["runs"]:
+        yield f"switch to {run['name']}", f"{run['switch_ms']:.1f} ms (median of {found['rounds']})", None
 
 
-def claim_forgetting(found, seeds=False):
-    """found: {technique: [result of similarity_kept for each run]}, with full and lora on the same folds (or seeds)."""
+def forgetting_numbers(found):
     pairs = [np.subtract(lora["groups"], full["groups"]) for lora, full in zip(found["lora"], found["full"])]
-    pair, runs = vars(stats.compare(pairs, "dev", seeds, margin=None)), each(len(pairs))
-    means = "; ".join(f"{options.TECHNIQUES[name].label} {np.mean([run['correlation'] for run in rows]):.3f}"
-                      for name, rows in found.items())
-    return {"claim": "LoRA forgets less than full fine-tuning (here: stays closer to the untouched encoder)",
-            "source": "Biderman et al. 2024, arXiv 2405.09673",
-            "measured": f"{runs}. Rank correlation of sentence similarities before and after training (untouched: 1), "
-                        f"{found['full'][0]['sentences']} dev sentences: {means}. LoRA - full in {len(pairs[0])} "
-                        f"groups of sentences: {span(pair, '', 3)}{at_level(pair)}",
-            "verdict": f"{runs}. LoRA stays closer: {as_verdict(pair['verdict'])}. What the encoder can still do was "
-                       "not measured", "figure": None}
+    yield "runs of each", len(pairs), None
+    yield "dev sentences", found["full"][0]["sentences"], None
+    for name in filter(found.get, options.TECHNIQUES):
+        mean = np.mean([run["correlation"] for run in found[name]])
+        yield f"rank correlation of similarities before and after, {name}", f"{mean:.3f}", None
+    row = vars(stats.compare(pairs, "dev", found["seeds"], margin=None))
+    yield "LoRA - full", interval(row, "", 3), as_verdict(row["verdict"])
 
 
-def claim_memory(found):
-    """found: {technique: result of memory}, with full and lora; "steps": the machine and step time of runs."""
+def memory_numbers(found):
     full, lora = (found[name]["measured"] for name in ("full", "lora"))
-
-    def saved(*parts):
-        return f"{1 - sum(lora[part] for part in parts) / sum(full[part] for part in parts):.0%}"
-
     states = ("weights", "gradients", "optimiser_states")
-    seconds, steps = "step time: no runs on one machine", [found[name].get("steps") for name in ("full", "lora")]
+    for name, parts in (("weights, gradients and optimiser states", states), ("activations", ["activations"]),
+                        ("together", (*states, "activations")),
+                        ("FLOP in matrix products", ("forward_flop", "backward_flop"))):
+        yield f"LoRA / full, {name}", f"{sum(map(lora.get, parts)) / sum(map(full.get, parts)):.2f}", None
+    steps = [found[name].get("steps") for name in ("full", "lora")]
     if all(steps) and steps[0]["machine"] == steps[1]["machine"]:
         one, other = (np.mean(row["milliseconds"]) for row in steps)
-        runs = each(min(len(row["milliseconds"]) for row in steps))
-        seconds = (f"step time in {steps[0]['machine']['precision']} {one:.0f} ms (full), {other:.0f} ms (LoRA), "
-                   f"{1 - other / one:.0%} less, {runs}")
-    without, together = saved(*states), saved(*states, "activations")
-    return {"claim": "LoRA needs up to two thirds less memory than full fine-tuning with Adam, and is 25% faster",
-            "source": "Hu et al. 2021, section 4.2",
-            "measured": f"a step of {SENTENCES} x {TOKENS} tokens in fp32, counted: {without} less for weights, "
-                        f"gradients and optimiser states; {lora['activations'] / full['activations']:.2f} times the "
-                        f"activations; together {together} less. {saved('forward_flop', 'backward_flop')} fewer FLOP "
-                        f"in matrix products; {seconds}",
-            "verdict": f"counted, no interval: {without} less without activations, {together} with them; {seconds}",
-            "figure": "memory.png"}
+        yield f"step in {steps[0]['machine']['precision']}", f"{one:.0f} ms (full), {other:.0f} ms (LoRA)", None
 
 
-def claim_latency(found, processor):
-    """found: {size of a batch: result of latency}. Times against "base" are paired over rounds, in per cent of it."""
-    parts, words = [], []
-    for size, times in found.items():
+def latency_numbers(found):
+    yield "machine", found["machine"], None
+    for size, times in found["times"].items():
         base = np.array(times["base"])
-        middle = np.median(base)
-        parts.append(f"batch {size}: base {middle:.1f} ms ({1000 * size / middle:,.0f} sentences/s)")
+        yield f"batch {size}, base", f"{np.median(base):.1f} ms", None
         for name in list(VARIANTS)[1:]:
-            pair = vars(stats.paired(100 * (np.array(times[name]) / base - 1), overlap=0, margin=None,
-                                     comparisons=len(found) * (len(VARIANTS) - 1), lower_is_better=True))
-            parts.append(f"{name} {span(pair, '%')}")
-            words.append(f"batch {size}, {name}: {pair['verdict']}")
-    return {"claim": "merged LoRA costs nothing in inference; adapters slow it, most in small batches",
-            "source": "Hu et al. 2021, section 3 and table 1",
-            "measured": f"{processor}, {torch.get_num_threads()} threads, fp32, {TOKENS} tokens. {'; '.join(parts)}"
-                        f"{at_level(pair)}",
-            "verdict": f"time against the base model: {'; '.join(words)}", "figure": None}
+            row = vars(stats.paired(100 * (np.array(times[name]) / base - 1), overlap=0, margin=None,
+                                    comparisons=len(found["times"]) * (len(VARIANTS) - 1), lower_is_better=True))
+            yield f"batch {size}, {name}", interval(row, "%"), row["verdict"]
 
 
-def find_runs(folder):
-    """The finished runs of each technique that differ in fold and seed alone: {technique: {(fold, seed): folder}}.
-
-    Of several such groups, take the one with the fewest settings that are not the defaults.
-    """
-    groups = {}
-    for path in sorted(Path(folder).glob("*/run.json")):
-        record = checkpoint.read_record(path)
-        if "failed" not in record and record["settings"]["epochs"]:
-            rest = dict(record["settings"])
-            technique, repeat = rest["technique"], (rest.pop("fold", None), rest.pop("seed"))
-            default = options.defaults(technique)
-            key = sum(value != default[name] for name, value in rest.items()), repr(rest)
-            groups.setdefault(technique, {}).setdefault(key, {})[repeat] = str(path.parent)
-    return {technique: groups[technique][min(groups[technique])] for technique in options.TECHNIQUES
-            if technique in groups}
-
-
-def step_times(folders):
-    """The machine of the first of these runs, and the milliseconds a step of all that ran on it."""
-    records = [checkpoint.read_record(Path(folder) / checkpoint.RECORD) for folder in folders]
-    machine = records[0]["machine"]
-    return {"machine": machine, "milliseconds": [record["metrics"]["step_milliseconds"] for record in records
-                                                 if record["machine"] == machine]}
+SECTIONS = {  # name: claim, source, numbers, figure, how it is drawn
+    "layers": ("adapters: no single layer matters much, all together do, lower layers less than upper ones",
+               "Houlsby et al. 2019, section 3.6, figure 6 (left, centre)", layers_numbers, "removed.png",
+               lambda found, path: plots.heat_map(found["matrix"], found["complete"], path)),
+    "spectrum": ("the update of full fine-tuning is low-rank; LoRA has intruder dimensions, full has none",
+                 "Hu et al. 2021, section 4.1 (hypothesis); Biderman et al. 2024, arXiv 2405.09673 (the opposite); "
+                 "Shuttleworth et al. 2024, arXiv 2410.21228 (intruders)", spectrum_numbers, "spectrum.png",
+                 draw_ranks),
+    "cut": ("an update of low rank suffices: full fine-tuning with its updates cut to a rank, after training",
+            "Hu et al. 2021, section 4.1 (hypothesis)", cut_numbers, "cut.png",
+            lambda found, path: draw_cut(found["rows"], path)),
+    "tasks": ("one encoder serves many tasks; a switch replaces only what was trained",
+              "Houlsby et al. 2019, section 1; Hu et al. 2021, section 4.2", tasks_numbers, None, None),
+    "forgetting": ("LoRA forgets less than full fine-tuning (here: stays closer to the untouched encoder)",
+                   "Biderman et al. 2024, arXiv 2405.09673", forgetting_numbers, None, None),
+    "memory": ("LoRA needs up to two thirds less memory than full fine-tuning with Adam, and is 25% faster",
+               "Hu et al. 2021, section 4.2", memory_numbers, "memory.png", draw_memory),
+    "latency": ("merged LoRA costs nothing in inference; adapters slow it, most in small batches",
+                "Hu et al. 2021, section 3 and table 1", latency_numbers, None, None)}
 
 
-def analyse(out, runs=None, weights=None):
-    """Measure everything but inference, as far as there are runs for it, and draw the figures. {name: section}"""
-    weights, found_runs, sections = download.find_weights(weights), find_runs(runs) if runs else {}, {}
-    if runs and not found_runs:
-        raise UserError(f"--runs {runs} holds no finished run; compare.py writes its runs to OUT/folders")
-    seeds = any(fold is None for folders in found_runs.values() for fold, _ in folders)  # a test file, not folds
-    if "adapter" in found_runs:
-        folders = progress_bar(iterable=found_runs["adapter"].values(), desc="layers", unit=" runs")
-        found = compare_spans([layer_spans(folder, weights) for folder in folders], seeds)
-        plots.heat_map(found["matrix"], found["complete"], out / "removed.png")
-        sections["layers"] = found | {"row": claim_layers(found)}
-    both = [repeat for repeat in found_runs.get("full", {}) if repeat in found_runs.get("lora", {})]
+def publish(out, content):
+    """Draw the figures into OUT/figures and return the rows of the table. content: the sections of analysis.json"""
+    rows = []
+    for section, (claim, source, numbers, figure, draw) in SECTIONS.items():
+        if section in content:
+            found = content[section]
+            if figure:
+                draw(found, Path(out) / "figures" / figure)
+            numbers = list(numbers(found))
+            verdicts = [f"{name}: {verdict}" for name, _, verdict in numbers if verdict]
+            rows.append({"claim": claim, "source": source, "command": found["command"],
+                         "measured": "; ".join(f"{name}: {value}" for name, value, _ in numbers),
+                         "verdict": "; ".join(verdicts) or "none: measured only",
+                         "figure": figure and f"figures/{figure}"})
+    return rows
+
+
+# -- measuring --------------------------------------------------------------------------------------------
+
+def analyse_runs(folder, weights):
+    """The sections "layers", "spectrum" and "forgetting", as far as there are runs for them."""
+    runs, sections = find_runs(Path(folder).glob("*/run.json")), {}
+    if not runs:
+        raise UserError(f"--runs {folder} holds no finished run; compare.py writes its runs to OUT/folders")
+    seeds = any(fold is None for paths in runs.values() for fold, _ in paths)  # a test file, not folds
+
+    def measure(function, technique, repeats):
+        return [function(runs[technique][repeat].parent, weights)
+                for repeat in progress_bar(iterable=repeats, desc=f"{function.__name__}, {technique}", unit=" runs")]
+
+    if "adapter" in runs:
+        sections["layers"] = compare_spans(measure(layer_spans, "adapter", runs["adapter"]), seeds)
+    both = [repeat for repeat in runs.get("full", {}) if repeat in runs.get("lora", {})]
     if both:
-        found = {name: [update_spectrum(found_runs[name][repeat], weights)
-                        for repeat in progress_bar(iterable=both, desc=f"spectrum, {name}", unit=" runs")]
-                 for name in ("full", "lora")}
-        row = claim_spectrum(found)
-        plots.spectra({name: [layer.pop("values") for run in rows for layer in run.values()]
-                       for name, rows in found.items()}, out / "spectrum.png")
-        sections["spectrum"] = found | {"row": row}
-        found = {name: [similarity_kept(folders[repeat], weights) for repeat in both if repeat in folders]
-                 for name, folders in found_runs.items()}
-        found = {name: rows for name, rows in found.items() if rows}
-        sections["forgetting"] = found | {"row": claim_forgetting(found, seeds)}
-    found, bars = {name: memory(name, weights) for name in options.TECHNIQUES}, {}
-    for name, folders in found_runs.items():
-        found[name]["steps"] = step_times(folders.values())
-    for name, row in found.items():
-        parts = {part: size / 1e6 for part, size in row["formula"].items()}
-        bars[name] = plots.Memory(**parts, measured=sum(row["measured"][part] for part in parts) / 1e6)
-    note = (f"{SENTENCES} sentences of {TOKENS} tokens, fp32; bars: by formula; diamond: tensors counted in a step;\n"
-            "the peak of a process is higher")
-    plots.memory(bars, note, out / "memory.png")
-    sections["memory"] = found | {"row": claim_memory(found)}
+        found = {name: measure(update_spectrum, name, both) for name in ("full", "lora")}
+        sections["spectrum"] = found | {"values": {name: mean_values(rows) for name, rows in found.items()}}
+        sections["forgetting"] = {"seeds": seeds} | {
+            name: measure(similarity_kept, name, [repeat for repeat in both if repeat in paths])
+            for name, paths in runs.items() if any(repeat in paths for repeat in both)}
+    return sections
+
+
+def measure(given):
+    """What the command line asks for, as sections of analysis.json: {name: numbers}"""
+    weights, records = download.find_weights(given.weights), list((Path(given.out) / "runs").glob("*.json"))
+    if given.latency:
+        times = {str(size): latency(weights, size) for size in (1, SENTENCES)}
+        machine = f"{processor('cpu')}, {torch.get_num_threads()} threads, fp32, {TOKENS} tokens"
+        return {"latency": {"machine": machine, "times": times}}
+    if given.tasks:
+        return {"tasks": share_encoder(given.tasks, given.weights)}
+    if given.cut:
+        rows = [row for folder in progress_bar(iterable=given.cut, desc="cut", unit=" runs")
+                for row in cut_updates(folder, given.weights)]
+        like = checkpoint.read_record(Path(given.cut[0]) / checkpoint.RECORD)
+        return {"cut": {"rows": rows + trained_ranks(records, like)}}
+    sections = analyse_runs(given.runs, weights) if given.runs else {}
+    sections["memory"] = {name: memory(name, weights) for name in options.TECHNIQUES}
+    for name, paths in find_runs(records).items():
+        sections["memory"][name]["steps"] = step_times(paths.values())
     return sections
 
 
 def main(arguments=None):
-    """Write OUT/analysis.json: a section a claim, and "claims", the rows of the table. Returns the exit code."""
+    """Write OUT/analysis.json: the sections and "claims", the rows of the table. Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = options.Parser(prog="python -m minipeft.lab.analysis", description=(
-        "Measure layers, spectra, forgetting, memory and inference. Trains nothing."))
-    parser.add_argument("--out", default="results", help="folder for analysis.json and figures (default: results)")
-    parser.add_argument("--runs", metavar="FOLDER", help="a folder of finished runs (default: measure memory only)")
+        "Measure memory, and what finished runs have learnt; draw figures. Trains nothing."))
+    parser.add_argument("--out", default="results", help="folder for analysis.json and figures; its runs/ may hold the "
+                        "records of a comparison (default: results)")
     parser.add_argument("--weights", metavar="FOLDER", help="the base weights of the runs")
-    parser.add_argument("--latency", action="store_true", help="measure inference only; needs a quiet machine")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--runs", metavar="FOLDER", help="measure layers, spectra and forgetting of the runs in a folder")
+    what.add_argument("--cut", metavar="RUN", nargs="+", help="cut the updates of full fine-tuning to low ranks")
+    what.add_argument("--tasks", metavar="RUN", nargs="+", help="load runs in turn into one encoder")
+    what.add_argument("--latency", action="store_true", help="measure inference; needs a quiet machine")
     given = parser.parse_args(arguments)
+    path, command = Path(given.out) / "analysis.json", shlex.join(["python", "-m", "minipeft.lab.analysis", *arguments])
     try:
-        path, command = Path(given.out) / "analysis.json", ["python", "-m", "minipeft.lab.analysis", "--out", given.out]
-        for option in ("runs", "weights"):
-            if getattr(given, option) and not given.latency:
-                command += [f"--{option}", getattr(given, option)]
-        if given.latency:
-            found = {size: latency(download.find_weights(given.weights), size) for size in (1, SENTENCES)}
-            sections = {"latency": found | {"row": claim_latency(found, processor("cpu"))}}
-            command.append("--latency")
-        else:
-            sections = analyse(Path(given.out), given.runs, given.weights)
-        for section in sections.values():
-            section["row"]["command"] = shlex.join(command)
+        sections = {name: found | {"command": command} for name, found in measure(given).items()}
         content = (read_json(path) if path.is_file() else {}) | sections
-        content["claims"] = [section["row"] for name, section in content.items() if name != "claims"]
+        content["claims"] = publish(given.out, content)
         write_json(path, content)
-        for row in content["claims"]:
-            print(f"\n{row['claim']} ({row['source']})\n  {row['measured']}\n  {row['verdict']}")
-        return 0
     except UserError as error:
         print(f"minipeft.lab.analysis: {error}", file=sys.stderr)
         return 2
+    for row in content["claims"]:
+        print(f"\n{row['claim']} ({row['source']})\n  {row['measured']}\n  {row['verdict']}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Draw how the techniques work, from the shapes of a real model: python -m minipeft.lab.figures
 
-Writes four PNG files to results/: the mechanism of all techniques in one block, LoRA's matrices, the adapter's
-bottleneck, and the share of the parameters that each technique trains. The model is built on the meta device: shapes
-without numbers. Coordinates are pixels of a README, 830 wide; the files have twice as many.
+Writes to results/figures: all techniques in one block and the adapter's part of it, LoRA's matrices, the share of the
+parameters that each technique trains, and ten training steps as an animation. All but the animation need shapes only:
+the model is built on the meta device. Coordinates are pixels of a README, 830 wide; the files have more.
 """
 import sys
 from argparse import Namespace
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from matplotlib import rc_context
+from matplotlib.animation import PillowWriter
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Polygon, Rectangle
 
-from ..adapter import Adapter
 from ..bert import Bert, read_config
 from ..head import Classifier, freeze
 from ..model import APPLY, count_parameters
@@ -23,6 +23,7 @@ from ..tools import download
 from ..tools.files import UserError, atomic
 from ..tools.settings import Parser, defaults
 from . import plots
+from .explain import Lesson
 
 WIDTH = 830
 INK, EDGE, FROZEN, PLAIN = "#24292f", "#6e7781", "#d8dce1", "#ffffff"
@@ -70,10 +71,11 @@ def rectangle(axis, x, y, width, height, **options):
     axis.add_patch(Rectangle((x - width / 2, y - height / 2), width, height, **options))
 
 
-def panel(axis, x, y, width, height, colour, title, fill=PLAIN):
-    """A card behind a part of the drawing, centred on (x, y)."""
+def panel(axis, x, y, width, height, colour, title, note, fill=PLAIN):
+    """A card behind a part of the drawing, centred on (x, y); the note stands right of the title."""
     rectangle(axis, x, y, width, height, facecolor=fill, edgecolor=colour, linewidth=1.4, zorder=0)
-    write(axis, x - width / 2 + 14, y + height / 2 - 18, title, 10.5, "left", weight="bold", color=colour)
+    write(axis, x - width / 2 + 14, y + height / 2 - 19, title, 10.5, "left", weight="bold", color=colour)
+    write(axis, x + width / 2 - 12, y + height / 2 - 19, note, align="right")
 
 
 def taper(axis, x, y, bottom, top, height, colour, upright=True):
@@ -119,8 +121,7 @@ def draw_block(axis, config):
     """The model from bottom to top: embeddings, one block with all that any technique trains, the head."""
     hidden, wide, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     x, size = 222, hidden // heads
-    panel(axis, 227, 342, 406, 576, "#b6bdc5", "", "#f1f3f5")
-    write(axis, 420, 614, f"one of {config.num_hidden_layers} blocks", align="right", style="italic")
+    panel(axis, 227, 374, 406, 640, "#b6bdc5", "", f"one of {config.num_hidden_layers} blocks", "#f1f3f5")
     box(axis, x, 23, 290, 28, f"embeddings:  {hidden} numbers for each token")
     for column, name in ((118, "query"), (x, "key"), (326, "value")):
         arrow(axis, (x, 74), (column, 74), (column, 96))
@@ -128,86 +129,97 @@ def draw_block(axis, config):
         arrow(axis, (column, 132), (column, 152))
     box(axis, x, 168, 290, 30, rf"softmax($QK^T\!/\sqrt{{{size}}}$) $V$,  {heads} heads of {size}", PLAIN)
     weight(axis, x, 222, 150, 32, f"output  {hidden} × {hidden}")
-    weight(axis, x, 400, 230, 32, f"intermediate  {wide:,} × {hidden}")
-    box(axis, x, 443, 64, 22, "GELU", PLAIN)
-    weight(axis, x, 486, 230, 32, f"output  {hidden} × {wide:,}")
-    for start, y in ((74, 238), (362, 502)):  # where a sub-layer begins, and where its last weight ends
-        arrow(axis, (x, start), (46, start), (46, y + 66), (x - 10, y + 66))
+    weight(axis, x, 432, 230, 32, f"intermediate  {wide:,} × {hidden}")
+    box(axis, x, 475, 64, 22, "GELU", PLAIN)
+    weight(axis, x, 518, 230, 32, f"output  {hidden} × {wide:,}")
+    for start, y in ((74, 238), (394, 534)):  # where a sub-layer begins, and where its last weight ends
+        arrow(axis, (x, start), (46, start), (46, y + 98), (x - 10, y + 98))
         hourglass(axis, x, y + 29, 92, 30, ADAPTER)
         write(axis, x - 54, y + 29, "adapter", align="right")
-        plus(axis, x, y + 66)
-        box(axis, x, y + 97, 150, 22, f"LayerNorm  2 × {hidden}", ADAPTER)
-        arrows_up(axis, x, (y, y + 14), (y + 44, y + 59), (y + 73, y + 86))
-    box(axis, x, 663, 190, 28, "mean over the tokens", PLAIN)
-    box(axis, x, 709, 190, 28, f"dense  {hidden} × {hidden},  tanh", HEAD)
-    box(axis, x, 759, 190, 28, f"classifier  2 × {hidden}", HEAD)
-    write(axis, x, 810, "negative or positive")
-    arrows_up(axis, x, (37, 96), (183, 206), (346, 384), (416, 432), (454, 470), (610, 649), (677, 695), (723, 745),
-              (773, 798))
+        box(axis, x, y + 68, 74, 22, "dropout", PLAIN)
+        plus(axis, x, y + 98)
+        box(axis, x, y + 129, 150, 22, f"LayerNorm  2 × {hidden}", ADAPTER)
+        arrows_up(axis, x, (y, y + 14), (y + 44, y + 57), (y + 79, y + 91), (y + 105, y + 118))
+    box(axis, x, 727, 230, 28, "mean over the tokens", PLAIN)
+    box(axis, x, 773, 230, 28, f"dense  {hidden} × {hidden},  tanh,  dropout", HEAD)
+    box(axis, x, 823, 230, 28, f"classifier  2 × {hidden}", HEAD)
+    write(axis, x, 874, "negative or positive")
+    arrows_up(axis, x, (37, 96), (183, 206), (378, 416), (448, 464), (486, 502), (674, 713), (741, 759), (787, 809),
+              (837, 862))
 
 
 def draw_lora(axis, hidden, rank):
     """LoRA enlarged, beside the value's weight."""
     axis.plot((386, 452), (114, 114), ":", color=LORA, linewidth=1.2, zorder=1)
-    panel(axis, 632, 178, 360, 248, LORA, "LoRA, beside a weight")
-    box(axis, 530, 154, 104, 92, f"$W_0$\n{hidden} × {hidden}\nfrozen")
-    taper(axis, 694, 127, 92, 16, 38, LORA)
-    taper(axis, 694, 181, 16, 92, 38, LORA)
-    plus(axis, 612, 232)
+    panel(axis, 632, 187, 360, 266, LORA, "LoRA", "beside each of the six weights of a block")
+    box(axis, 530, 148, 104, 92, f"$W_0$\n{hidden} × {hidden}\nfrozen")
+    taper(axis, 694, 121, 92, 16, 38, LORA)
+    taper(axis, 694, 175, 16, 92, 38, LORA)
+    plus(axis, 612, 224)
     for x, end in ((530, 602), (694, 622)):
-        arrow(axis, (612, 76), (612, 92), (x, 92), (x, 108))
-        arrow(axis, (x, 200), (x, 232), (end, 232))
-    arrow(axis, (694, 146), (694, 162))
-    arrow(axis, (612, 239), (612, 264))
-    write(axis, 612, 67, "$x$", 11)
-    write(axis, 624, 258, "$h$", 11, "left")
-    write(axis, 704, 221, r"$\times\ \alpha\,/\,r$", 10, "left")
-    write(axis, 722, 138, f"$A$  {rank} × {hidden}", align="left")
-    write(axis, 722, 172, f"$B$  {hidden} × {rank}", align="left")
-    write(axis, 682, 154, f"{rank}", align="right")
+        arrow(axis, (612, 72), (612, 86), (x, 86), (x, 102))
+        arrow(axis, (x, 194), (x, 224), (end, 224))
+    arrow(axis, (694, 140), (694, 156))
+    arrow(axis, (612, 231), (612, 258))
+    write(axis, 624, 70, "$x$", 11)
+    write(axis, 624, 250, "$h$", 11, "left")
+    write(axis, 704, 213, r"$\times\ \alpha\,/\,r$", 10, "left")
+    write(axis, 722, 132, f"$A$  {rank} × {hidden}", align="left")
+    write(axis, 722, 166, f"$B$  {hidden} × {rank}", align="left")
+    write(axis, 682, 148, f"{rank}", align="right")
 
 
 def draw_adapter(axis, hidden, bottleneck):
     """The upper adapter enlarged."""
-    axis.plot((270, 452), (531, 531), ":", color=ADAPTER, linewidth=1.2, zorder=1)
-    panel(axis, 632, 436, 360, 236, ADAPTER, "Adapter, at the end of a sub-layer")
-    taper(axis, 612, 383, 140, 12, 38, ADAPTER)
-    box(axis, 612, 420, 56, 20, "GELU", PLAIN)
-    taper(axis, 612, 457, 12, 140, 38, ADAPTER)
-    plus(axis, 612, 494)
-    arrow(axis, (612, 352), (520, 352), (520, 494), (602, 494))
-    arrows_up(axis, 612, (341, 364), (402, 411), (429, 438), (476, 487), (501, 522))
-    write(axis, 612, 331, "$h$", 11)
-    write(axis, 624, 514, "$y$", 11, "left")
-    write(axis, 512, 420, "skip", align="right")
-    write(axis, 664, 394, f"$W_{{down}}$  {bottleneck} × {hidden}", align="left")
-    write(axis, 664, 420, f"{bottleneck}", align="left")
-    write(axis, 664, 447, f"$W_{{up}}$  {hidden} × {bottleneck}", align="left")
+    axis.plot((270, 452), (563, 563), ":", color=ADAPTER, linewidth=1.2, zorder=1)
+    panel(axis, 632, 521, 360, 270, ADAPTER, "Adapter", "after the output weight, before dropout")
+    taper(axis, 612, 460, 140, 12, 42, ADAPTER)
+    box(axis, 612, 501, 56, 20, "GELU", PLAIN)
+    taper(axis, 612, 542, 12, 140, 42, ADAPTER)
+    plus(axis, 612, 582)
+    arrow(axis, (612, 424), (520, 424), (520, 582), (602, 582))
+    arrows_up(axis, 612, (411, 439), (481, 491), (511, 521), (563, 575), (589, 614))
+    write(axis, 612, 401, "$h$", 11)
+    write(axis, 624, 607, "$y$", 11, "left")
+    write(axis, 512, 501, "skip", align="right")
+    write(axis, 656, 470, f"$W_{{down}}$  {bottleneck} × {hidden}", align="left")
+    write(axis, 656, 501, f"{bottleneck} numbers", align="left")
+    write(axis, 656, 532, f"$W_{{up}}$  {hidden} × {bottleneck}", align="left")
 
 
 def draw_key(axis, config):
     """The colours, and how many parameters have each."""
     counts = {name: count_parameters(meta_model(name, config)) for name in ("head", "adapter", "lora", "full")}
     norms = 4 * config.hidden_size * config.num_hidden_layers  # two a block, each with a scale and an offset
-    write(axis, 466, 796, "What each technique trains", 10.5, "left", weight="bold")
+    write(axis, 466, 862, "What each technique trains", 10.5, "left", weight="bold")
     rows = ((HEAD, "head, with every technique", counts["head"]["head"]),
             (ADAPTER, "adapters", counts["adapter"]["technique"] - norms), (ADAPTER, "their LayerNorms", norms),
             (LORA, "LoRA, six weights a block", counts["lora"]["technique"]),
             (FROZEN, "frozen, except in full fine-tuning", counts["full"]["technique"]), (PLAIN, "no weights", None))
-    for y, (colour, text, count) in zip(range(768, 600, -28), rows):
+    for y, (colour, text, count) in zip(range(832, 664, -28), rows):
         box(axis, 476, y, 20, 16, colour=colour)
         write(axis, 494, y, text, align="left")
-        write(axis, 808, y, f"{count:,}" if count else "", align="right")
-    write(axis, 466, 594, "One technique at a time; the head with each of them.", align="left", style="italic")
+        if count:
+            write(axis, 808, y, f"{count:,}", align="right")
 
 
 def mechanism(config):
     """One block with all that any technique trains, LoRA and the adapter enlarged, and the counts."""
-    figure, axis = canvas(836)
+    figure, axis = canvas(900)
     draw_block(axis, config)
     draw_lora(axis, config.hidden_size, defaults("lora")["rank"])
     draw_adapter(axis, config.hidden_size, defaults("adapter")["bottleneck"])
     draw_key(axis, config)
+    return figure
+
+
+def adapter_sub_layer(config):
+    """The part of the mechanism with the upper sub-layer and its adapter."""
+    low, high = 381, 704
+    figure, axis = canvas(high - low)
+    axis.set_ylim(low, high)
+    draw_block(axis, config)
+    draw_adapter(axis, config.hidden_size, defaults("adapter")["bottleneck"])
     return figure
 
 
@@ -234,34 +246,6 @@ def lora_matrices(config):
     write(axis, 120, 28, f"{outputs} × {inputs} = {size:,}\nfrozen")
     write(axis, 422, 28, f"{rank} × ({inputs} + {outputs}) = {count:,} trained\n{count / size:.1%} of $W_0$")
     write(axis, 704, 28, f"{outputs} × {inputs} = {size:,}\nafter merge_lora: a plain weight")
-    return figure
-
-
-def adapter_bottleneck(config):
-    """An adapter from left to right: a bar is as high as its number of features, to scale."""
-    model = meta_model("adapter", config)
-    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
-    bottleneck, width = adapters[0].down.weight.shape
-    count = sum(parameter.numel() for parameter in adapters[0].parameters())
-    scale, y = 176 / width, 150
-    figure, axis = canvas(316)
-    arrow(axis, (52, y), (52, 262), (702, 262), (702, y + 8))
-    write(axis, 377, 275, "skip connection")
-    for start, end in ((28, 76), (322, 350), (406, 434), (680, 695), (709, 756), (764, 806)):
-        arrow(axis, (start, y), (end, y))
-    for x, size in ((80, width), (318, bottleneck), (438, bottleneck), (676, width), (760, width)):
-        rectangle(axis, x, y, 8, size * scale, facecolor=INK, zorder=3)
-        write(axis, x, y - size * scale / 2 - 14, f"{size}")
-    for x, left, right, text in ((199, width, bottleneck, "$W_{down},\\ b_{down}$"),
-                                 (557, bottleneck, width, "$W_{up},\\ b_{up}$")):
-        taper(axis, x, y, left * scale, right * scale, 214, ADAPTER, upright=False)
-        write(axis, x, y, f"{text}\n{right} × {left}, {right}", 10, zorder=3)
-    box(axis, 378, y, 56, 24, "GELU", PLAIN)
-    plus(axis, 702, y)
-    write(axis, 30, y + 16, "$h$", 11)
-    write(axis, 800, y + 16, "$y$", 11)
-    write(axis, WIDTH / 2, 18, f"2 × {bottleneck} × {width} + {bottleneck} + {width} = {count:,} trained in each of "
-          f"{len(adapters)} adapters. Both matrices start near zero, so at first $y \\approx h$.")
     return figure
 
 
@@ -293,7 +277,57 @@ def shares(config):
     return figure
 
 
-FIGURES = {"mechanism.png": mechanism, "lora.png": lora_matrices, "adapter.png": adapter_bottleneck,
+# -- ten training steps -----------------------------------------------------------------------------------
+
+NOTES = ("B is zero, so the output is that of the pretrained model",
+         "only B has moved: the gradient of A contains B, which was zero", "B is no longer zero, so A moves too")
+
+
+def train_ten_steps(weights):
+    """Train LoRA for ten steps on eight sentences. Returns (A, B, loss) before each step and after the last one; A and
+    B are those of the value weight of the top block. weights: a folder, or None for the default model"""
+    lesson = Lesson(weights)
+    model, rows = lesson.build("lora"), []
+    layer = model.encoder.layers[-1].attention.value
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=defaults("lora")["lr"])
+    for _ in range(11):
+        loss = lesson.loss(model)
+        rows.append((layer.lora_A.detach().clone(), layer.lora_B.detach().clone(), loss.item()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return rows
+
+
+def animate(rows, path, shown=48):
+    """Write the steps as a GIF: B leaves zero, then A moves, and the loss falls. shown: columns of A, rows of B."""
+    figure = Figure((WIDTH / 100, 4.6), dpi=100, facecolor="#fbfcfd", layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
+    axes, losses = figure.subplots(3, 1, height_ratios=(1, 1, 1.6)), [loss for _, _, loss in rows]
+    start, end = rows[0][0], rows[-1][1]
+    scale = end.abs().max().item() / 2  # colours reach their end before the last step: the first one shows
+    writer = PillowWriter(fps=0.8)
+    with writer.saving(figure, path, 100):
+        for step, (a, b, _) in enumerate(rows):
+            figure.suptitle(f"step {step}: {NOTES[min(step, 2)]}", size=11.5, weight="bold", color=INK)
+            for axis, name, matrix in ((axes[0], f"$B$, {shown} of its {len(end)} rows, transposed", b.T),
+                                       (axes[1], f"$A$ minus its start, {shown} of its {len(start.T)} columns",
+                                        a - start)):
+                axis.clear()
+                axis.imshow(matrix[:, :shown].numpy(), cmap="PuOr_r", vmin=-scale, vmax=scale, aspect="auto")
+                axis.set_title(f"{name}: largest entry {matrix.abs().max():.4f}", size=9.5, loc="left", color=INK)
+                axis.set(xticks=(), yticks=())
+            axes[2].clear()
+            axes[2].plot(losses[:step + 1], "o-", color=LORA)
+            axes[2].set(xlim=(-0.3, len(rows) - 0.7), ylim=(0, 1.1 * max(losses)), xticks=range(len(rows)),
+                        xlabel="step", ylabel="loss")
+            axes[2].spines[["top", "right"]].set_visible(False)
+            writer.grab_frame()
+
+
+# -- main -------------------------------------------------------------------------------------------------
+
+FIGURES = {"mechanism.png": mechanism, "adapter.png": adapter_sub_layer, "lora.png": lora_matrices,
            "frozen.png": shares}
 
 
@@ -301,13 +335,17 @@ def main(arguments=None):
     """Write all figures. Returns the exit code."""
     parser = Parser(prog="python -m minipeft.lab.figures", description="Draw the techniques with a model's shapes.")
     parser.add_argument("--weights", metavar="FOLDER", help="the model, by its weights (default: all-MiniLM-L6-v2)")
-    parser.add_argument("--out", metavar="FOLDER", default="results", help="where to write (default: results)")
+    parser.add_argument("--out", metavar="FOLDER", default="results/figures",
+                        help="where to write (default: results/figures)")
     options = parser.parse_args(arguments)
     try:
-        config = read_config(download.find_weights(options.weights))
+        weights, out = download.find_weights(options.weights), Path(options.out)
+        config = read_config(weights)
         for name, draw in FIGURES.items():
-            with rc_context({"hatch.linewidth": 1.2}), atomic(Path(options.out) / name) as temporary:
-                draw(config).savefig(temporary, dpi=200, format="png")
+            with rc_context({"hatch.linewidth": 1.2}), atomic(out / name) as temporary:
+                draw(config).savefig(temporary, dpi=150, format="png")
+        with atomic(out / "steps.gif") as temporary:
+            animate(train_ten_steps(weights), temporary)
     except UserError as error:
         print(f"figures: {error}", file=sys.stderr)
         return 2
