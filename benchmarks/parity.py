@@ -160,7 +160,8 @@ def compare_transformers(weights):
     from minipeft.bert import hugging_face_name
     torch.manual_seed(0)
     theirs = BertForSequenceClassification.from_pretrained(weights).eval()
-    ours = Classifier(load_bert(weights), 2, "cls").eval()
+    encoder = load_bert(weights)
+    ours = Classifier(encoder, 2, "cls", pooler=encoder.pooler).eval()
     ours.head.classifier.load_state_dict(theirs.classifier.state_dict())
     ids, mask, labels = sentences(weights, 1)[0]
 
