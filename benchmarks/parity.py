@@ -186,8 +186,7 @@ def compare_transformers(weights):
     from minipeft.bert import hugging_face_name, load_pooler
     torch.manual_seed(0)
     theirs = BertForSequenceClassification.from_pretrained(weights).eval()
-    ours = Classifier(load_bert(weights), 2, "cls").eval()
-    ours.head.dense.load_state_dict(load_pooler(weights).state_dict())
+    ours = Classifier(load_bert(weights), 2, "cls", pooler=load_pooler(weights)).eval()
     ours.head.classifier.load_state_dict(theirs.classifier.state_dict())
     ids, mask, labels = sentences(weights, 1)[0]
 

@@ -77,10 +77,11 @@ class Classifier(nn.Module):
 # -- freezing, safe on anyone's model: repeated in adapter.py and lora.py, so that each can be copied alone ---
 
 def plain(tensors):
-    """Check that there are tensors, with floating-point values in memory: none is meta, sharded or quantised."""
+    """Check that there are tensors, with floating-point values in memory: none is sharded, quantised or offloaded."""
+    counting = torch.get_default_device().type == "meta"  # inside `with torch.device("meta")`: shapes are enough
     return bool(tensors) and all(
         type(tensor) in (torch.Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.element_size() > 1
-        and tensor.numel() > 0 and not tensor.is_meta for tensor in tensors)
+        and tensor.numel() > 0 and (counting or not tensor.is_meta) for tensor in tensors)
 
 
 def named(model, target):
@@ -92,22 +93,24 @@ def named(model, target):
 def matching(model, targets, fits=lambda module: True):
     """Return the modules that `targets` name by dotted suffix, each once. Raise ValueError, with the names that could
     match, if a target matches nothing or a module that does not fit; also if `model` cannot be changed any more."""
-    modules, found = dict(model.named_modules(remove_duplicate=False)), []
-    for name, module in modules.items():
-        kind = type(module)  # a second technique would freeze the first; DDP would not synchronise what is added
-        if hasattr(kind, "way_out") or kind.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
-            raise ValueError(f"{name or 'the model'} is a {kind.__name__} already: "
-                             f"{getattr(kind, 'way_out', 'apply the technique')} first")
-    wrong = {name: f"{name} is a {module._get_name()}" for name, module in modules.items() if not fits(module)}
-    wrong |= {name: f"{name} is a {module._get_name()} without plain weights in memory (quantised, sharded, offloaded?)"
-              for name, module in modules.items() if not plain([*module.parameters()])}
+    fitting, wrong, found = set(), {}, []
+    for name, module in model.named_modules(remove_duplicate=False):
+        kind = module._get_name()  # a second technique would freeze the first; DDP would not synchronise what is added
+        if hasattr(type(module), "way_out") or kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            way_out = getattr(type(module), "way_out", "apply the technique")
+            raise ValueError(f"{name or 'the model'} is a {kind} already: {way_out} first")
+        if not fits(module):
+            wrong[name] = f"{name} is a {kind}"
+        elif not plain([*module.parameters()]):
+            wrong[name] = f"{name} is a {kind} without plain weights in memory (quantised, sharded, offloaded?)"
+        elif name:
+            fitting.add(name.rpartition(".")[2])
     for target in [targets] if isinstance(targets, str) else targets:
         matches = named(model, target)
         problems = [wrong[name] for name in matches if name in wrong]
         if problems or not matches:
-            endings = {name.rpartition(".")[2] for name in modules if name and name not in wrong}
             raise ValueError(f"target {target!r}: {'; '.join(problems[:3]) or 'matches nothing'}. "
-                             f"Modules that fit end in: {', '.join(sorted(endings))}")
+                             f"Modules that fit end in: {', '.join(sorted(fitting))}")
         found += matches.values()
     return list(dict.fromkeys(found))
 
