@@ -255,6 +255,8 @@ def draw_cut(rows, path):
         for series, name, technique in (("cut", "full fine-tuning, cut to this rank", "full"),
                                         ("trained", "LoRA, trained at this rank", "lora")):
             points = {rank: point for (kind, rank), point in found.items() if kind == series and rank}
+            if not points:
+                continue
             means, half = [point.mean for point in points.values()], [p.high - p.mean for p in points.values()]
             _, colour, marker = plots.look(technique)
             shift = 1.07 if series == "trained" else 1 / 1.07  # so that no bar hides another
