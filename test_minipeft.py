@@ -76,11 +76,11 @@ def tiny(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     model = Bert(BertConfig(**{k: v for k, v in config.items() if k not in ("model_type", "hidden_act")}))
+    model.pooler = nn.ModuleDict({"dense": nn.Linear(32, 32)})
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, mean="norm.weight" in name, std=0.1)
-    tensors = {hugging_face_name(name): tensor for name, tensor in model.state_dict().items()}
-    tensors |= {"pooler.dense.weight": 0.1 * torch.randn(32, 32), "pooler.dense.bias": 0.1 * torch.randn(32)}
-    save_file(tensors, folder / "model.safetensors")
+    save_file({name if "pooler" in name else hugging_face_name(name): tensor
+               for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
     tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
@@ -225,7 +225,7 @@ def test_micro_has_the_losses_of_train_py(tiny, make_settings, monkeypatch, tech
     train.run(chosen)
     theirs = [loss.item() for loss in recorded if loss.requires_grad]
 
-    corpus, _, train_set, *_ = train.load_data(chosen, tiny)
+    corpus, train_set, *_ = texts.load_data(chosen, tiny, read_config(tiny))
     sentences = [(ids.tolist(), int(label)) for ids, label in zip(
         corpus.sentences(train_set), corpus.labels[train_set])]
     epochs = (data.batches_of_like_length(corpus.lengths[train_set], 32, np.random.default_rng([0, epoch]))
@@ -284,7 +284,7 @@ GOLDEN = [
 ]
 
 
-@pytest.mark.parametrize("twins", [(), (fast.FastLoRALinear,), (fast.FastAttention,), fast.TWINS],
+@pytest.mark.parametrize("twins", [(), (fast.FastLoRALinear,), (fast.FastAttention,), fast.TWINS[:2]],
                          ids=["plain", "fast LoRA", "fast attention", "both"])
 def test_real_weights_give_the_reference_outputs_with_fresh_lora_and_speed_ups(twins, real, monkeypatch):
     monkeypatch.setattr(fast.FastAttention, "fits", lambda module, precision: True)
@@ -498,7 +498,6 @@ def test_the_head_computes_in_fp32_under_autocast(tiny):
     (add_adapters, 8, r"\.adapter\.|\.trained\.|^head", remove_adapters)], ids=["head", "bitfit", "lora", "adapter"])
 def test_training_moves_what_is_listed_and_removing_gives_back_the_base(tiny, apply, number, listed, remove):
     encoder = load_bert(tiny)
-    encoder.pooler = None
     base, output, names = bits(encoder), encoder(random_ids()), list(dict(encoder.named_modules()))
     assert len(apply(encoder) or []) == number
     model = Classifier(encoder, 2)
@@ -2199,7 +2198,7 @@ def test_a_run_with_weights_from_a_relative_path_is_used_in_any_folder(make_sett
     monkeypatch.chdir(tmp_path)
     assert checkpoint.open_run(settings.out)[2] == tiny.resolve()
     settings.weights, nothing = "some/model", SimpleNamespace(files=[], classes=[])  # a name on the Hub stays
-    record = checkpoint.start_record("", settings, Compute(), tiny, nothing, {}, {})
+    record = checkpoint.start_record(settings, Compute(), tiny, nothing, {}, {})
     assert record["settings"]["weights"] == "some/model"
 
 
@@ -2708,7 +2707,8 @@ def finished_runs(tiny, reviews, tmp_path_factory):
 def test_a_saved_encoder_has_hugging_face_s_names_and_loads_to_the_same_bits(tiny, tmp_path):
     encoder = load_bert(tiny)
     save_bert(encoder, tmp_path / "copy")
-    assert load_file(tmp_path / "copy" / "model.safetensors").keys() == load_file(tiny / "model.safetensors").keys()
+    names = {name for name in load_file(tiny / "model.safetensors") if "pooler" not in name}
+    assert load_file(tmp_path / "copy" / "model.safetensors").keys() == names
     assert same_bits(bits(load_bert(tmp_path / "copy")), bits(encoder))
     add_lora(encoder)
     with pytest.raises(ValueError, match="call merge_lora or remove_adapters first"):
