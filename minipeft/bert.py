@@ -194,14 +194,12 @@ def read_config(folder):
 def read_tensors(path):
     """Read {Hugging Face's name: tensor} from model.safetensors, without the prefix `bert.` and with LayerNorms called
     gamma and beta renamed. UserError if it holds no BERT, or for other forms of weights; it names what is there."""
-    for name, form in OTHER_FORMS.items():
-        if not path.is_file() and path.with_name(name).is_file():
-            raise UserError(f"{path.with_name(name)}: {form} are not read; weights/README.md says how to convert them")
     if not path.is_file():
+        for other, form in OTHER_FORMS.items():
+            if path.with_name(other).is_file():
+                raise UserError(f"{path.with_name(other)}: {form} are not read; weights/README.md says how to convert "
+                                "them")
         raise UserError(f"{path} is missing: a folder of weights has config.json, model.safetensors and tokenizer.json")
-    with open(path, "rb") as file:
-        if file.read(23) == b"version https://git-lfs":
-            raise UserError(f"{path} is a Git-LFS pointer in place of the weights: git lfs pull fetches them")
     tensors = {}
     for name, tensor in read_safetensors(path)[0].items():
         tensors[name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")] = tensor
@@ -245,9 +243,8 @@ def load_pooler(folder):
     """Return the checkpoint's pooler as an nn.Linear in fp32, or None if it has none. The pooler is a dense layer over
     the vector of [CLS], the special first token; a classification head may start from it (head.py)."""
     path = Path(folder) / "model.safetensors"
-    tensors = read_tensors(path)
-    hidden = tensors[WORDS].shape[-1]
-    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("pooler.")}
+    tensors = {name: tensor for name, tensor in read_tensors(path).items() if name.startswith("pooler.")}
+    hidden = read_config(folder).hidden_size
     with torch.device("meta"):
         pooler = nn.Linear(hidden, hidden)
     return fill(pooler, path, tensors, "pooler.dense.{}".format) if tensors else None

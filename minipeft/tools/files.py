@@ -109,6 +109,9 @@ def read_safetensors(path):
     except OSError as error:
         raise UserError(f"{path} could not be read ({error.strerror or error})") from None
     except safetensors.SafetensorError as error:
+        with open(path, "rb") as file:
+            if file.read(23) == b"version https://git-lfs":
+                error = "it is a Git-LFS pointer; git lfs pull fetches what it stands for"
         raise UserError(f"{path} is damaged ({error}): fetch or write it again") from None
 
 
