@@ -4,6 +4,8 @@ A technique is one row of TECHNIQUES here and one entry in model.py; the command
 plots loop over this table. Nothing slow is imported, so --help and option errors appear at once.
 """
 import argparse
+import copy
+import functools
 import math
 import shlex
 import sys
@@ -176,9 +178,28 @@ def make_parser():
     return parser
 
 
+@functools.cache
+def parse_defaults(technique):
+    return vars(make_parser().parse_args([technique]))
+
+
 def defaults(technique):
     """The settings of a technique when its command line has no option, as a dict."""
-    return vars(make_parser().parse_args([technique]))
+    return copy.deepcopy(parse_defaults(technique))
+
+
+@functools.cache
+def common_names():
+    """The names of the settings that every run of a comparison shares."""
+    parser = Parser()
+    add_common(parser)
+    return tuple(vars(parser.parse_args([])))
+
+
+def common_defaults():
+    """Those settings with their defaults, as a dict."""
+    default = defaults("full")
+    return {name: default[name] for name in common_names()}
 
 
 def parse(arguments):
