@@ -105,8 +105,8 @@ def main(chosen):
         results = report.report(chosen.out)
         if chosen.rates:
             print(f"\n{(chosen.out / 'studies' / 'learning-rates.md').read_text(encoding='utf-8')}")
-        for result in results if not chosen.rates else ():
-            if chosen.report or result.name in chosen.study:
+        else:
+            for result in results[:1] if chosen.report else [one for one in results if one.name in chosen.study]:
                 print("", *report.in_terminal(result), sep="\n")
         print(f"\nwritten: {chosen.out / 'README.md'}")
         return 0

@@ -3,7 +3,7 @@
 A series is {name: [Point, ...]}. The name of a technique is replaced by its label, and it has the same colour and
 marker in all figures; any other name is its own label. Accuracies are in per cent, but fractions in histories.
 """
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields, replace
 from itertools import pairwise
 from textwrap import fill
 
@@ -38,16 +38,14 @@ class Point:
 @dataclass
 class Panel:
     """One pair of axes with a measure against a setting. x: numbers, on a log axis if `log`, or strings (categories).
-    least, most: what the measure can be at all; the axis ends there. low, high: the part that is shown (None: all);
-    a triangle marks a point beyond it. ringed: points to mark, {name: x}. band: fill between low and high."""
+    low, high: the part that is shown (None: all); a triangle marks a point beyond it. ringed: points to mark, {name: x}.
+    band: fill between low and high instead of bars. The axis ends where the measure does: accuracy at 0 and 100%."""
     series: dict
     x_label: str
     y_label: str
     title: str = ""
     log: bool = True
     band: bool = False
-    least: float = -np.inf
-    most: float = np.inf
     low: float | None = None
     high: float | None = None
     ringed: dict = field(default_factory=dict)
@@ -64,15 +62,6 @@ class Row:
     inner_high: float
     text: str = ""
     colour: str = INK
-
-
-@dataclass
-class Cost:
-    """What training one technique costs: means over runs, and standard deviations if there are several runs."""
-    seconds: float
-    megabytes: float
-    seconds_std: float | None = None
-    megabytes_std: float | None = None
 
 
 @dataclass
@@ -161,7 +150,7 @@ def draw_panel(axis, panel):
             if shown != point.y:
                 axis.plot(point.x, shown, "v" if point.y < shown else "^", color=colour, clip_on=False)
     low, high = axis.get_ylim()
-    axis.set_ylim(max(low, panel.least), min(high, panel.most))
+    axis.set_ylim(max(low, 0), min(high, 100) if "%" in panel.y_label else high)
     if categories:
         width = max(9, 80 // len(xs))  # in letters
         axis.set_xticks(range(len(xs)), [fill(x, width) for x in xs])
@@ -177,25 +166,22 @@ def draw_panel(axis, panel):
 
 
 @rc_context(STYLE)
-def series(panels, path, note="", size=None, sharey=True):
-    """Several panels: [[Panel, ...], ...], a list for each row of the figure."""
-    columns = len(panels[0])
-    figure, axes = figure_in_style(len(panels), columns, size or (9, 1.2 + 3.6 * len(panels)), sharex="col",
+def series(panels, note, path, size=None, sharey=True):
+    """Several panels: [[Panel, ...], ...], a list for each row of the figure. sharey: a row has one scale."""
+    figure, axes = figure_in_style(len(panels), len(panels[0]), size or (9, 1.2 + 3.6 * len(panels)), sharex="col",
                                    sharey="row" if sharey else False)
     for row, line in zip(axes, panels):
         for axis, panel in zip(row, line):
             draw_panel(axis, panel)
-            axis.label_outer()
-            if not sharey:
-                axis.set_ylabel(panel.y_label)
-                axis.tick_params(labelleft=True)
+            if sharey:
+                axis.label_outer()
     return finish(figure, path, note, 4)
 
 
-def over_epochs(runs, name, scale):
+def over_epochs(rows, name, scale):
     """The mean over runs of one column of their histories, as points: their low and high are the smallest and largest."""
     epochs = {}
-    for row in runs:
+    for row in rows:
         epochs.setdefault(row["epoch"], []).append(scale * row[name])
     return [Point(epoch, np.mean(values), min(values), max(values)) for epoch, values in epochs.items()]
 
@@ -203,102 +189,83 @@ def over_epochs(runs, name, scale):
 def curves(history, title, path):
     """One run: loss and accuracy after each epoch, train against dev. history: as in the record; title: below."""
     panels = [Panel({part: over_epochs(history, f"{part}_{name}", scale) for part in ("train", "dev")}, "epoch", label,
-                    log=False, band=True, least=0, most=100 if name == "accuracy" else np.inf)
-              for name, scale, label in MEASURES]
-    return series([panels], path, title, (9, 3.8), sharey=False)
+                    log=False, band=True) for name, scale, label in MEASURES]
+    return series([panels], title, path, (9, 3.8), sharey=False)
 
 
-def learning_curves(histories, path, note):
+def learning_curves(histories, note, path):
     """Loss and accuracy after each epoch for several techniques. histories: {name: [history of a run, ...]}."""
-    panels = [[Panel({name: over_epochs(sum(runs, []), f"{part}_{key}", scale) for name, runs in histories.items()},
-                     "epoch", label, part if key == "loss" else "", log=False, band=True) for part in ("train", "dev")]
-              for key, scale, label in MEASURES]
-    return series(panels, path, note, (9, 6.5))
+    panels = [[Panel({name: over_epochs(sum(runs, []), f"{part}_{measure}", scale) for name, runs in histories.items()},
+                     "epoch", label, part if measure == "loss" else "", log=False, band=True)
+               for part in ("train", "dev")] for measure, scale, label in MEASURES]
+    return series(panels, note, path, (9, 6.5))
 
 
 # -- differences ------------------------------------------------------------------------------------------
 
-@rc_context(STYLE)
-def forest(groups, path, x_label, note="", limits=None, width=9, row_height=0.36):
-    """Paired differences with both of their intervals, below each other. groups: {heading: [Row, ...]}; limits: the
-    part of the axis that is shown, beyond which an arrow points (None: all)."""
-    lines = [line for heading, rows in groups.items() for line in ([heading] if heading else []) + rows]
-    figure, [[axis]] = figure_in_style(size=(width, 1.5 + row_height * len(lines)))
+def draw_row(axis, row, place, low, high):
+    """Draw a difference with both of its intervals at a height; an arrow points to what lies beyond low or high."""
+    for ends, width in (((row.low, row.high), 1.3), ((row.inner_low, row.inner_high), 4.5)):
+        axis.plot(np.clip(ends, low, high), (place, place), color=row.colour, linewidth=width, solid_capstyle="butt",
+                  alpha=0.9 if width < 2 else 0.5)
+    if low <= row.mean <= high:
+        axis.plot(row.mean, place, "o", color=row.colour, markersize=6)
+    for end, beyond, marker in ((low, row.low < low, "<"), (high, row.high > high, ">")):
+        if beyond:
+            axis.plot(end, place, marker, color=row.colour, markersize=6, clip_on=False)
+
+
+def difference_axis(axis, names):
+    """Set up an axis for paired differences: the band of equivalence, zero, and a name for each row."""
     axis.axvspan(-1, 1, color=BAND, zorder=0)
     axis.axvline(0, color=INK, linewidth=1)
-    rows = [(place, row) for place, row in enumerate(lines) if isinstance(row, Row)]
-    low, high = limits or (min(min(row.low for _, row in rows), -1.1), max(max(row.high for _, row in rows), 1.1))
-    room = 0.04 * (high - low)
-    axis.set_xlim(low - room, high + room)
-    for place, row in rows:
-        for one, other, line in ((row.low, row.high, 1.3), (row.inner_low, row.inner_high, 4.5)):
-            axis.plot(np.clip((one, other), low, high), (place, place), color=row.colour, linewidth=line,
-                      solid_capstyle="butt", alpha=0.9 if line < 2 else 0.55)
-        if low <= row.mean <= high:
-            axis.plot(row.mean, place, "o", color=row.colour, markersize=6.5)
-        for end, beyond, sign in ((low, row.low < low, "<"), (high, row.high > high, ">")):
-            if beyond:
-                axis.plot(end, place, sign, color=row.colour, markersize=6, clip_on=False)
-        axis.annotate(row.text.replace("-", "−"), (1.02, place), xycoords=axis.get_yaxis_transform(), va="center",
-                      size=9.5, annotation_clip=False)
-    axis.set(yticks=range(len(lines)), ylim=(len(lines) - 0.4, -0.6), xlabel=x_label,
-             yticklabels=[line.name if isinstance(line, Row) else line for line in lines])
-    for tick, line in zip(axis.get_yticklabels(), lines):
-        tick.set_weight("normal" if isinstance(line, Row) else "bold")
+    axis.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
     axis.grid(visible=False, axis="y")
     axis.tick_params(axis="y", length=0, labelsize=10)
     axis.locator_params(axis="x", nbins=7)
+
+
+@rc_context(STYLE)
+def forest(groups, x_label, note, path, limits=(-100, 100)):
+    """Paired differences in points, below each other. groups: {heading: [Row, ...]}; limits: the part that is shown."""
+    lines = [line for heading, rows in groups.items() for line in ([heading] if heading else []) + rows]
+    rows = [line for line in lines if isinstance(line, Row)]
+    figure, [[axis]] = figure_in_style(size=(9.5, 1.5 + (0.3 if len(groups) > 1 else 0.45) * len(lines)))
+    difference_axis(axis, [line.name if isinstance(line, Row) else line for line in lines])
+    low, high = max(limits[0], min(row.low for row in rows)), min(limits[1], max(row.high for row in rows))
+    for place, line in enumerate(lines):
+        if isinstance(line, Row):
+            draw_row(axis, line, place, low, high)
+            axis.annotate(line.text.replace("-", "−"), (1.02, place), xycoords=axis.get_yaxis_transform(), va="center",
+                          size=9.5)
+        else:
+            axis.get_yticklabels()[place].set_weight("bold")
+    low, high = min(low, -1.1), max(high, 1.1)
+    axis.set(xlabel=x_label, xlim=(low - 0.04 * (high - low), high + 0.04 * (high - low)))
     return finish(figure, path, note)
 
 
 @rc_context(STYLE)
-def sensitivity(panels, kinds, path, note):
-    """How one difference changes with our choices. panels: {title: {rule: [Row for each kind of interval]}}; [] for a
-    rule without runs. kinds: {label: colour}. Panels that are far from zero have an axis of their own."""
+def sensitivity(panels, kinds, note, path):
+    """How differences change with our choices. panels: {title: {rule: [Row for each kind of interval]}}; [] for a rule
+    without runs. kinds: {label: colour}. Panels far from zero have a scale of their own."""
     figure, [axes] = figure_in_style(1, len(panels), (11, 4.4), sharey=True)
-    rules = list(next(iter(panels.values())))
-    for axis, (title, rows) in zip(axes, panels.items()):
-        axis.axvspan(-1, 1, color=BAND, zorder=0)
-        axis.axvline(0, color=INK, linewidth=1)
-        for place, rule in enumerate(rules):
-            if not rows[rule]:
+    for axis, (title, rules) in zip(axes, panels.items()):
+        difference_axis(axis, list(rules))
+        for place, rows in enumerate(rules.values()):
+            if not rows:
                 axis.text(0.5, place, "not run", transform=axis.get_yaxis_transform(), ha="center", va="center",
-                          color="#888888", style="italic", size=10)
-            for step, (row, (kind, colour)) in enumerate(zip(rows[rule], kinds.items())):
-                height = place + 0.22 * (step - 1)
-                axis.plot((row.low, row.high), (height, height), color=colour, linewidth=1.3)
-                axis.plot((row.inner_low, row.inner_high), (height, height), color=colour, linewidth=4.5, alpha=0.5,
-                          solid_capstyle="butt")
-                axis.plot(row.mean, height, "o", color=colour, markersize=5, label=kind)
-        ends = [end for line in rows.values() for row in line for end in (row.low, row.high)]
-        near = ends and min(ends) > -4
-        axis.set(title=title, ylim=(len(rules) - 0.4, -0.6), xlim=(-2.6, 2.6) if near or not ends else None)
-        axis.set_yticks(range(len(rules)), rules)
-        axis.tick_params(axis="y", length=0)
-        axis.grid(visible=False, axis="y")
-    figure.supxlabel("")
+                          color="#888888", style="italic")
+            for step, (row, colour) in enumerate(zip(rows, kinds.values())):
+                draw_row(axis, replace(row, colour=colour), place + 0.22 * (step - 1), -np.inf, np.inf)
+        lowest = min((row.low for rows in rules.values() for row in rows), default=0)
+        axis.set(title=title, xlim=(-2.6, 2.6) if lowest > -2.6 else None)
+    for kind, colour in kinds.items():
+        axes[0].plot([], [], "o-", color=colour, label=kind)
     return finish(figure, path, note)
 
 
 # -- one kind of number each ------------------------------------------------------------------------------
-
-@rc_context(STYLE)
-def costs(rows, note, path):
-    """Training time and peak memory. rows: {name: Cost}; note: the machine they were measured on."""
-    figure, [axes] = figure_in_style(1, 2, (9, 1.6 + 0.5 * len(rows)), sharey=True)
-    colours = [look(name, rows)[1] for name in rows]
-    for axis, key, label in zip(axes, ("seconds", "megabytes"), ("training time (s)", "peak memory (MB)")):
-        values = [getattr(cost, key) for cost in rows.values()]
-        stds = [getattr(cost, f"{key}_std") or 0 for cost in rows.values()]
-        bars = axis.barh(range(len(rows)), values, 0.6, xerr=stds if any(stds) else None, color=colours,
-                         ecolor="#999999")
-        axis.bar_label(bars, fmt="{:,.0f}", padding=5)
-        axis.set(xlabel=label, xlim=(0, 1.2 * np.nanmax([*np.add(values, stds), 1e-9])))
-        axis.locator_params(axis="x", nbins=5)
-        axis.xaxis.set_major_formatter("{x:,.0f}")
-        horizontal(axis, rows)
-    return finish(figure, path, note)
-
 
 @rc_context(STYLE)
 def memory(rows, note, path):

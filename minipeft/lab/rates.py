@@ -1,14 +1,14 @@
 """The search of learning rates, on dev alone."""
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
 from ..tools import checkpoint
 from ..tools.files import UserError
 from . import stats
-from .runs import evaluate, key, make_run, train_missing
+from .runs import key, make_run, train_missing
 from .studies import RULES, SEARCHES, Variant
 
 FOLDS = (0, 1, 2)
@@ -22,9 +22,9 @@ class Scores:
     calibrated: np.ndarray
 
 
-def score(record):
+def score(place, record):
     """The Scores of a run on dev; a failed one has accuracy 0 and a loss that no other run has."""
-    outcome = evaluate(record, "dev")
+    outcome = place.evaluate(record, "dev")
     if outcome is None:
         return Scores(np.zeros(1), np.full(1, 99.0), np.full(1, 99.0))
     dev = record["dev"]
@@ -48,7 +48,7 @@ def find(place, name, search=None):
     for record in place.records.values():
         rate = record["settings"].get(search.option)
         if rate and rest(record["settings"]) == wanted:
-            found.setdefault(rate, {})[record["settings"]["seed"]] = score(record)
+            found.setdefault(rate, {})[record["settings"]["seed"]] = score(place, record)
     return dict(sorted(found.items()))
 
 
@@ -61,21 +61,20 @@ def average(found):
 
 def choose(means):
     """{rule: the rate it chooses}. means: {rate: Scores}, of numbers"""
-    def accurate(rate):
-        return means[rate].accuracy, -means[rate].loss
+    accuracy = {rate: round(row.accuracy, 9) for rate, row in means.items()}  # the order of a sum decides no tie
 
-    robust = [rate for rate in means if 2 * rate in means and means[2 * rate].accuracy >= means[rate].accuracy - 0.01]
+    def accurate(rate):
+        return accuracy[rate], -means[rate].loss
+
+    robust = [rate for rate in means if 2 * rate in means and accuracy[2 * rate] >= accuracy[rate] - 0.01]
     return {"calibrated": min(means, key=lambda rate: means[rate].calibrated),
             "loss": min(means, key=lambda rate: means[rate].loss),
             "highest": max(means, key=accurate), "doubling": max(robust or means, key=accurate)}
 
 
-def weighted(scores, weights=None):
-    """{rate: Scores} of numbers: means over sentences. weights: (n,), of a failed run none (None: equal ones)"""
-    def mean(values):
-        return float(np.average(values, weights=weights if len(values) > 1 else None))
-
-    return {rate: Scores(mean(row.accuracy), mean(row.loss), mean(row.calibrated)) for rate, row in scores.items()}
+def over_sentences(scores):
+    """{rate: Scores} of numbers, the means over sentences."""
+    return {rate: Scores(*(float(values.mean()) for values in astuple(row))) for rate, row in scores.items()}
 
 
 def bootstrap(scores, rounds=1000):
@@ -84,8 +83,10 @@ def bootstrap(scores, rounds=1000):
     The temperatures stay: they hardly depend on the draw.
     """
     size = max(len(row.loss) for row in scores.values())
-    draws = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), rounds)
-    picked = [choose(weighted(scores, draw)) for draw in draws]
+    draws = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), rounds) / size  # (rounds, sentences)
+    table = np.array([[np.broadcast_to(values, size) for values in astuple(row)] for row in scores.values()])
+    means = np.einsum("ds,rms->drm", draws, table, optimize=True)                               # (rounds, rates, 3)
+    picked = [choose({rate: Scores(*row) for rate, row in zip(scores, rows)}) for rows in means]
     return {rule: {rate: times / rounds for rate, times in Counter(pick[rule] for pick in picked).items()}
             for rule in RULES}
 

@@ -1,4 +1,5 @@
 """The report of a comparison: verdicts, tables, figures and Markdown, all from records. It trains nothing."""
+import os
 import shlex
 import textwrap
 from collections import Counter
@@ -52,7 +53,10 @@ class Finding:
 
     @property
     def name(self):
-        return f"{label(self.contrast.a)} - {label(self.contrast.b)}"
+        """The two variants; what both begin with is said once."""
+        a, b = label(self.contrast.a), label(self.contrast.b)
+        shared = os.path.commonprefix([a, b]).rpartition(" ")[0]
+        return f"{a} - {b[len(shared):].strip()}"
 
     @property
     def verdicts(self):
@@ -215,6 +219,8 @@ def number_rows(result, columns, groups=None):
 def quality_rows(result):
     """Size, accuracy, loss and calibration of each variant, and how many runs have failed."""
     columns = QUALITY | (MATTHEWS if result.study.matthews else {})
+    if any(run.numbers["head_lr"] for name in result.outcomes for run in result.runs(name)):
+        columns = {"lr": QUALITY["lr"], "head_lr": ("rate of the head", "g")} | columns
     heading, *rows = number_rows(result, columns)
     failed = [len(folds) - len(result.runs(name)) for name, folds in result.outcomes.items()]
     return [[*heading, "failed runs"], *([*row, number] for row, number in zip(rows, failed))]
@@ -323,35 +329,26 @@ def draw(result, figures):
 
     rows = forest_rows(result.findings)
     if rows:
-        wide = next(found.accuracy["corrected"].level for found in result.findings if found.accuracy)
-        plots.forest({"": rows}, path("-differences"), "difference in accuracy (points)",
-                     f"{where}. Thin line: {100 * wide:.4g}% interval; thick: {200 * wide - 100:.4g}%, which decides on "
-                     "equivalence (shaded: ±1 point)", (max(min(row.low for row in rows), -100), min(
-                         max(row.high for row in rows), 100)) if any(abs(row.mean) + 1 > 30 for row in rows) else None)
+        level = 100 * next(found.accuracy["corrected"].level for found in result.findings if found.accuracy)
+        plots.forest({"": rows}, "difference in accuracy (points)", f"{where}. Thin line: {level:.4g}% interval; thick: "
+                     f"{2 * level - 100:.4g}%, which decides on equivalence (shaded: ±1 point)", path("-differences"))
     if study.x_label:
-        panels = panels_of(result)
         number, y_label = ("accuracy", "accuracy (%)") if study.contrasts else ("calibrated", "calibrated loss (nats)")
-        least, most = (0, 100) if number == "accuracy" else (0, float("inf"))
-        low, high = None, None
-        if number == "calibrated":  # a run that has not learnt has ln 2
-            low, high = plots.scale_of_best({(panel, name): points for panel, measures in panels.items()
-                                             for name, points in measures[number].items()}, min, 0.2)
-        note = f"{where}, mean over runs"
-        if study.contrasts:
-            [reference] = {label(found.contrast.b) for found in result.findings} or {""}
-            note += f"; bars: interval of the paired difference to {reference}"
-        plots.series([[plots.Panel(measures[number], study.x_label, y_label, panel, least=least, most=most, low=low,
-                                   high=high) for panel, measures in panels.items()]], path(), note)
+        panels, note = {name: measures[number] for name, measures in panels_of(result).items()}, where
+        low = high = None
+        if study.contrasts and rows:
+            note += f"; bars: {level:.4g}% interval of the paired difference to {label(study.contrasts[0].b)}"
+        elif number == "calibrated":  # a run that has not learnt anything would hide all others
+            low, high = plots.scale_of_best({(panel, name): points for panel, series in panels.items()
+                                             for name, points in series.items()}, min, 0.3)
+            note += "; triangle at the edge: off the scale"
+        plots.series([[plots.Panel(series, study.x_label, y_label, panel, low=low, high=high)
+                       for panel, series in panels.items()]], note, path())
     if study.costs:
         histories = {name: [run.record["history"] for run in result.runs(name)] for name in result.outcomes}
-        most = max(len(runs) for runs in histories.values())
-        plots.learning_curves({name: runs for name, runs in histories.items() if runs}, path("-curves"), data_name(
-            result.place) + ("; line: mean over runs; band: smallest to largest" if most > 1 else ""))
-        words, groups = on_one_machine(result)
-        costs = {name: plots.Cost(*(part for pair in zip(result.mean_std(name, "train_seconds", runs), result.mean_std(
-            name, "peak_memory_mb", runs)) for part in pair)) for name, runs in groups.items()}
-        spread = "; bars: standard deviation over runs" if any(cost.seconds_std for cost in costs.values()) else ""
-        plots.costs(costs, f"{data_name(result.place)}; {words}{spread}", path("-costs"))
+        note = "; line: mean over runs; band: smallest to largest" if max(map(len, histories.values())) > 1 else ""
+        plots.learning_curves({name: runs for name, runs in histories.items() if runs}, data_name(result.place) + note,
+                              path("-curves"))
     return names
 
 
@@ -373,7 +370,9 @@ def study_page(result, figures):
     study, folds = result.study, max(map(len, result.outcomes.values()))
     lines = [f"# {result.name}", "", f"{study.question} ({study.source})", "",
              f"`{command_of(result.place, study.variants, '--study', result.name, '--folds', str(folds))}`", ""]
-    lines += [f"Rates: {RULES[study.rule]}. Depends on, by design: {study.caveat or 'nothing else known'}.", ""]
+    lines += [f"Rates: {RULES[study.rule]}.", ""]
+    if study.caveat:
+        lines += [f"Mind: {study.caveat}.", ""]
     absent = [label(variant.name) for variant in study.variants if variant.name not in result.outcomes]
     if absent:
         lines += [f"Not run: {', '.join(absent)}.", ""]
@@ -399,7 +398,7 @@ def rates_page(places, figures):
         scores = rates.average(found)
         if not scores:
             continue
-        means, shares = rates.weighted(scores), rates.bootstrap(scores)
+        means, shares = rates.over_sentences(scores), rates.bootstrap(scores)
         picks = [f"{rate:g} ({shares[rule].get(rate, 0):.0%})" for rule, rate in rates.choose(means).items()]
         chosen.append([name, sum(map(len, found.values())), *picks])
         tried += [[name, f"{rate:g}", f"{row.accuracy:.2%}", f"{row.loss:.4f}", f"{row.calibrated:.4f}"]
@@ -417,8 +416,8 @@ def rates_page(places, figures):
             low, high = plots.scale_of_best(series, better, 0.05 if better is max else 0.2)
             panels.append([plots.Panel(series, "learning rate", y_label, low=low, high=high,
                                        ringed={name: rates.choose(means)[rule] for name, means in drawn.items()})])
-        plots.series(panels, figures / "rates.png", "mean of folds 0 to 2; ring: the best; triangle at the edge: off the "
-                     "scale", (9, 8))
+        plots.series(panels, "mean of folds 0 to 2; ring: the best; triangle at the edge: off the scale",
+                     figures / "rates.png", (9, 8))
     return ["# Learning rates", "", "Searched on dev, folds 0 to 2. In brackets: how often the rule chooses this rate if "
             "the dev sentences are drawn anew (bootstrap).", "", *markdown(chosen), "",
             *(["![rates.png](../figures/rates.png)", ""] if drawn else []), *markdown(tried)]
@@ -449,8 +448,8 @@ def sensitivity_lines(cells, places, figures):
             else [] for rule, plots_rule in zip(RULES, ("calibrated\nloss", "raw loss", "highest\naccuracy",
                                                         "survives\ndoubling"))}
     plots.sensitivity(panels, dict(zip(stats.INTERVALS.values(), ("#332288", "#d55e00", "#009e73"))),
-                      figures / "sensitivity.png", "difference in test accuracy (points); thin line: for a difference, "
-                      "thick: for equivalence (shaded: ±1 point)")
+                      "difference in test accuracy (points); thin line: for a difference, thick: for equivalence "
+                      "(shaded: ±1 point)", figures / "sensitivity.png")
     verdicts = [f"- {label(one.a)} - {label(one.b)}: **{word}**" + (f" on {on}" if on else "")
                 for one in dict.fromkeys(contrast for contrast, _ in cells) for word, on in [agree_on(cells, one)]]
     return [*verdicts, "", "![What the verdicts depend on](figures/sensitivity.png)", "", *markdown(rows)]
@@ -471,7 +470,7 @@ def claim_rows(results, cells, out):
                 verdict, depends = agree_on(cells, found.contrast)
             elif depends:
                 verdict = found.verdicts["corrected"]
-            rows.append([found.contrast.claim, f"[{found.name}](studies/{result.name}.md)",
+            rows.append([found.contrast.claim, f"[{result.name}](studies/{result.name}.md): {found.name}",
                          f"{signed(accuracy, 2, inner)} at {100 * level:.4g}%", verdict,
                          "; ".join(part for part in (depends, result.study.caveat) if part)])
     if (out / "analysis.json").is_file():
@@ -529,16 +528,21 @@ def not_searched(result):
     return NOT_SEARCHED.format(command=command_of(result.place, [], "--search"))
 
 
+def tables(result, form):
+    """A study in two short tables, as lines. form: `markdown` or `aligned`"""
+    if result.place.quick:
+        lines = [TOO_SHORT]
+    else:
+        lines = form(short_rows(result.findings) if result.findings else best_rows(result))
+    return [*lines, "", *form(number_rows(result, SHORT))]
+
+
 def in_terminal(result):
     """A study as lines of at most 100 columns."""
     lines = [f"{result.name}, on {data_name(result.place)}: {result.study.question}"]
     if is_unsearched(result):
         lines += textwrap.wrap(not_searched(result).replace("*", "").replace("`", ""), 100)
-    if result.place.quick:
-        lines += ["", TOO_SHORT]
-    else:
-        lines += ["", *aligned(short_rows(result.findings) if result.findings else best_rows(result))]
-    return [*lines, "", *aligned(number_rows(result, SHORT))]
+    return [*lines, "", *tables(result, aligned)]
 
 
 def report(out):
@@ -554,17 +558,22 @@ def report(out):
         if is_unsearched(result) and result.place.out == out:
             lines += [not_searched(result), ""]
     lines += [*own_text(out, "answer"), ""]
+    drawn = {result.name: draw(result, figures) for result in results}
     for result in results:
-        write_text(out / "studies" / f"{result.name}.md", "\n".join([*study_page(result, draw(result, figures)), ""]))
+        write_text(out / "studies" / f"{result.name}.md", "\n".join([*study_page(result, drawn[result.name]), ""]))
     groups = {result.name: forest_rows(result.findings) for result in results if result.study.part == "test"}
     groups = {name: rows for name, rows in groups.items() if rows}
     if len(groups) > 1:
-        plots.forest(groups, figures / "contrasts.png", "difference in test accuracy (points)", "thin line: for a "
-                     "difference; thick: for equivalence (shaded: ±1 point);\narrow: beyond the axis", (-4, 4), 10, 0.3)
+        plots.forest(groups, "difference in test accuracy (points)", "thin line: for a difference; thick: for "
+                     "equivalence (shaded: ±1 point); arrow: beyond the axis", figures / "contrasts.png", (-6, 6))
         lines += ["![All contrasts](figures/contrasts.png)", ""]
     cells = sensitivity(places)
     if sum(bool(found) for found in cells.values()) > len(RULES):
         lines += ["## What the verdicts depend on", "", *sensitivity_lines(cells, places, figures), ""]
+    else:
+        for result in results:
+            lines += [f"## {result.name}", "", *tables(result, markdown), "",
+                      *(f"![{name}](figures/{name})" for name in drawn[result.name]), ""]
     claims = claim_rows(results, cells, out)
     if len(claims) > 1:
         lines += ["## Claims", "", *markdown(claims), ""]

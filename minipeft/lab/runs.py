@@ -36,9 +36,38 @@ def key(settings):
 
 
 @dataclass
+class Outcome:
+    """A finished run on one part: accuracy (%) and calibrated loss (nats) of each sentence; numbers for tables."""
+    record: dict
+    accuracy: np.ndarray
+    loss: np.ndarray
+    numbers: dict
+
+
+def machine(record, *more):
+    """What two runs must share to be compared; with "threads", to have their costs averaged."""
+    return tuple(record["machine"][name] for name in ("processor", "device", "precision", *more))
+
+
+def evaluate(record, part):
+    """The Outcome of a finished run on "test" or "dev"."""
+    parameters, metrics, dev, judged = (record[name] for name in ("parameters", "metrics", "dev", part))
+    logits, labels = np.array(judged["logits"]), np.array(judged["labels"])
+    right = 100.0 * (logits.argmax(1) == labels)
+    losses = stats.log_losses(logits / stats.temperature(dev["logits"], dev["labels"]), labels)
+    return Outcome(record, right, losses, {
+        **metrics, **parameters, "lr": record["settings"]["lr"], "head_lr": record["settings"].get("head_lr"),
+        "share": parameters["trainable"] / parameters["total"], "saved_mb": metrics["saved_bytes"] / 1e6,
+        "accuracy": right.mean(), "calibrated": losses.mean(), "loss": stats.log_loss(logits, labels),
+        "error": stats.expected_calibration_error(logits, labels),
+        "matthews": 100 * stats.matthews(logits.argmax(1), labels)})
+
+
+@dataclass
 class Place:
     """A folder of runs, and what these share: settings, and the hashes of weights and data. rates: those that a search
-    on this data has found, {technique: rate}; quick: a smoke test. records: those that exist, {key: record}."""
+    on this data has found, {technique: rate}; quick: a smoke test. records: those that exist, {key: record};
+    outcomes: what they have found, as far as it was asked for."""
     out: Path
     common: dict
     weights_sha256: dict
@@ -46,6 +75,7 @@ class Place:
     rates: dict = field(default_factory=dict)
     quick: bool = False
     records: dict = field(default_factory=dict)
+    outcomes: dict = field(default_factory=dict)
 
     def __post_init__(self):
         path = self.out / COMPARISON
@@ -60,6 +90,15 @@ class Place:
             if record[name] != getattr(self, name):
                 raise UserError(f"{path} is of other {name.partition('_')[0]} than the other runs: choose another --out")
         self.records[key(record["settings"])] = record
+        self.outcomes.clear()
+
+
+    def evaluate(self, record, part):
+        """The Outcome of a run on "test" or "dev"; None for a failed run."""
+        name = key(record["settings"]), part
+        if name not in self.outcomes:
+            self.outcomes[name] = None if "failed" in record else evaluate(record, part)
+        return self.outcomes[name]
 
 
 @dataclass
@@ -151,38 +190,6 @@ def make_run(place, variant, repeat, rule="doubling"):
     return Run(place, name, Namespace(**given | {"out": str(place.out / "folders" / name)}))
 
 
-# -- what a run has found ---------------------------------------------------------------------------------
-
-@dataclass
-class Outcome:
-    """A finished run on one part: accuracy (%) and calibrated loss (nats) of each sentence; numbers for tables."""
-    record: dict
-    accuracy: np.ndarray
-    loss: np.ndarray
-    numbers: dict
-
-
-def machine(record, *more):
-    """What two runs must share to be compared; with "threads", to have their costs averaged."""
-    return tuple(record["machine"][name] for name in ("processor", "device", "precision", *more))
-
-
-def evaluate(record, part):
-    """The Outcome of a finished run on "test" or "dev"; None for a failed run."""
-    if "failed" in record:
-        return None
-    parameters, metrics, dev, judged = (record[name] for name in ("parameters", "metrics", "dev", part))
-    logits, labels = np.array(judged["logits"]), np.array(judged["labels"])
-    right = 100.0 * (logits.argmax(1) == labels)
-    losses = stats.log_losses(logits / stats.temperature(dev["logits"], dev["labels"]), labels)
-    return Outcome(record, right, losses, {
-        **metrics, **parameters, "lr": record["settings"]["lr"], "head_lr": record["settings"].get("head_lr"),
-        "share": parameters["trainable"] / parameters["total"], "saved_mb": metrics["saved_bytes"] / 1e6,
-        "accuracy": right.mean(), "calibrated": losses.mean(), "loss": stats.log_loss(logits, labels),
-        "error": stats.expected_calibration_error(logits, labels),
-        "matthews": 100 * stats.matthews(logits.argmax(1), labels)})
-
-
 def collect(place, study):
     """The runs of a study on the folds (or seeds) that all its variants have: {variant: {fold: Outcome, or None for a
     failed run}}. {} if there is no such fold. Of a study that is `partial`, one variant without any run is left out."""
@@ -195,7 +202,7 @@ def collect(place, study):
     if len(empty) == 1 and study.partial:
         del found[empty[0]]
     folds = set.intersection(*(set(records) for records in found.values()))
-    return {name: {fold: evaluate(records[fold], study.part) for fold in sorted(folds)}
+    return {name: {fold: place.evaluate(records[fold], study.part) for fold in sorted(folds)}
             for name, records in found.items()} if folds else {}
 
 
