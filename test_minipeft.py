@@ -5,6 +5,7 @@ and data, which are fetched once.
 """
 import copy
 import csv
+import dataclasses
 import functools
 import gzip
 import importlib.util
@@ -48,9 +49,9 @@ from minipeft.adapter import (
     Adapter, AdapterLinear, TrainedNorm, adapter_state, add_adapters, load_adapters, remove_adapters)
 from minipeft.bert import Attention, Bert, BertConfig, Block, hugging_face_name, load_bert, load_pooler, read_config
 from minipeft.head import Classifier, freeze, pool, train_biases
-from minipeft.lab import analysis, explain, figures, memory, plots, rates, runs, stats, studies
-from minipeft.lab.plots import Cost, Memory, Point
-from minipeft.lab.studies import Contrast, SEARCHES, STUDIES, Variant
+from minipeft.lab import analysis, explain, figures, memory, plots, rates, report, runs, stats
+from minipeft.lab.plots import Memory, Point
+from minipeft.lab.studies import Contrast, SEARCHES, STUDIES, Study, Variant
 from minipeft.lora import LoRALinear, add_lora, load_lora, lora_state, merge_lora, remove_lora
 from minipeft.model import APPLY, Compute, build, describe, predict
 from minipeft.tools import checkpoint, distributed, download, export as interop, fast, files, settings as options, texts
@@ -2908,55 +2909,7 @@ def test_sentence_encoders_load_with_and_without_pooler(tiny, tmp_path, kind, po
         assert torch.equal(model.head.dense.weight, load_pooler(tiny).weight) == (pooler and pooling == "cls")
 
 
-# -- lab/plots.py -----------------------------------------------------------------------------------------
-
-LINES = [*options.TECHNIQUES, "last block + head"]
-LABELS = [plots.look(name)[0] for name in LINES]
-POINTS = {name: [Point(1e-4, 80, 79, 81.5), Point(2e-4, 82, 81, 83), Point(4e-4, 50)] for name in LINES}
-KINDS = {name: [Point("query", 80, 79, 82), Point("query and value", 81)] for name in LINES}
-HISTORY = [{"epoch": epoch, "train_loss": 0.5 / epoch, "dev_loss": 0.4, "train_accuracy": 0.8, "dev_accuracy": 0.8}
-           for epoch in (1, 2)]
-PAIRS = {"LoRA − full": stats.paired([-0.5, 0.9, 0.2]), "LoRA − head": stats.paired_sentences([100.0, 0, 0, 100])}
-MEMORY = {"full": Memory(91, 91, 182, 400, 780), "lora": Memory(91, 2, 4, 400)}
-BEST = dict.fromkeys(LINES, 2e-4)
-
-
-@pytest.mark.parametrize("name, arguments, labels", [
-    ("curves", (HISTORY[:1], "runs/$a$b"), ["runs/$a$b", "train", "dev"]),
-    ("learning_curves", ({name: [HISTORY, HISTORY] for name in LINES},), [*LABELS, "train", "dev"]),
-    ("costs", ({name: Cost(20.4, 600) for name in LINES}, "a processor"), [*LABELS, "20", "600", "a processor"]),
-    ("memory", (MEMORY, "fp32"), ["LoRA", "full fine-tuning", "weights", "activations", "measured total", "fp32"]),
-    ("rates", (POINTS, {name: [Point(2e-4, 0.4), Point(4e-4, math.inf)] for name in LINES}, BEST, BEST), LABELS),
-    ("differences", (PAIRS, "dev"), [*PAIRS, "95% interval", "inconclusive (6 folds would settle it)",
-                                     "inconclusive, one run", "difference in dev accuracy (points)"]),
-    ("study", ("rank", {"": POINTS, "alpha": KINDS}, "accuracy"), [*LABELS, "alpha", "query", "accuracy"]),
-    ("heat_map", ([[80.12, 50.0], [math.nan, 70.0]], 82.0), ["80.1", "50.0", "70.0", "82.0%"]),
-    ("spectra", ({"full": [[3, 1, 0.1], [2, 1, 1]], "lora": [[1, 0.1]]},),
-     ["full fine-tuning: 90% at rank 2", "LoRA: 90% at rank 1"])])
-def test_every_figure_is_drawn_without_a_warning_and_labels_what_it_is_given(name, arguments, labels, tmp_path):
-    with warnings.catch_warnings(action="error"):
-        figure = getattr(plots, name)(*arguments, path=tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    shown = "\n".join(text.get_text() for text in figure.findobj(Text))
-    assert [label for label in labels if label not in shown] == []
-
-
-def test_a_study_draws_bars_where_they_are_given_and_references_where_they_are_near(tmp_path):
-    series = {"lora": [Point(1, 84.0, 83.0, 84.5), Point(8, 85.0)]}
-    axis = plots.study("rank", {"": series}, "accuracy", tmp_path / "s.png",
-                       references={"full": 85.5, "head": 60}).axes[0]
-    low, high = axis.get_ylim()
-    assert low < 83 and 85.5 < high < 87
-    segments = [s for group in axis.collections for s in group.get_segments() if len(s) and np.isfinite(s).all()]
-    assert [sorted(s[:, 1]) for s in segments] == [[83, 84.5]]
-    assert "head tuning: 60.0 (off the scale)" in axis.get_legend_handles_labels()[1]
-
-
-def test_the_looks_of_techniques_differ_and_stay_the_same_in_every_figure():
-    looks = [plots.look(name, LINES) for name in LINES]
-    assert all(len(set(part)) == len(LINES) for part in zip(*looks))
-    assert looks[:-1] == [plots.look(name) for name in options.TECHNIQUES]
-
+# -- shared by the sections on lab/ ------------------------------------------------------------------------
 
 FINGERPRINTS = {"weights_sha256": {"model.safetensors": "w"}, "data_sha256": ["d"]}
 
@@ -2964,10 +2917,10 @@ FINGERPRINTS = {"weights_sha256": {"model.safetensors": "w"}, "data_sha256": ["d
 @pytest.fixture
 def fake_place(tmp_path):
     """A place without weights and data, for records that no training has made."""
-    return runs.Place(tmp_path / "out", compare.common_defaults(), **FINGERPRINTS)
+    return runs.Place(tmp_path / "out", options.common_defaults(), **FINGERPRINTS)
 
 
-def fake_record(run, skill, **machine):
+def fake_record(run, skill, size=200, **machine):
     """Write the record of a run that was not trained. skill: distance of the logits of the two classes."""
     rng = np.random.default_rng([run.settings.seed, round(1000 * skill)])
 
@@ -2976,27 +2929,44 @@ def fake_record(run, skill, **machine):
         logits = rng.normal(np.stack([1 - labels, labels], 1) * skill, 1.5).round(3)
         return {"lines": list(range(count)), "labels": labels.tolist(), "logits": logits.tolist()}
 
-    dev, test = predictions(150, 1), predictions(200, 2)
-    metrics = {name: 0.5 for name in checkpoint.PARTS["metrics"]} | {
-        "dev_accuracy": float((np.argmax(dev["logits"], 1) == dev["labels"]).mean()),
-        "dev_loss": stats.log_loss(dev["logits"], dev["labels"]), "train_seconds": 100 * skill, "saved_bytes": 1e6}
-    history = [{"epoch": epoch, "seconds": 1, **{f"{part}_{key}": 0.5 + epoch / 9 for part in ("train", "dev")
-                                                 for key in ("loss", "accuracy")}} for epoch in (1, 2)]
+    dev, test = predictions(150, 1), predictions(size, 2)
+    metrics = {name: 0.5 for name in checkpoint.PARTS["metrics"]} | {"train_seconds": 100 * skill, "saved_bytes": 1e6}
+    history = [{"epoch": epoch, "seconds": 1, **{f"{part}_{name}": 0.5 + epoch / 9 for part in ("train", "dev")
+                                                 for name in ("loss", "accuracy")}} for epoch in (1, 2)]
     where = {"processor": "A", "device": "cpu", "precision": "fp32", "threads": 2} | machine
     trained = {"technique": round(1000 * skill), "head": 100, "trainable": round(1000 * skill) + 100, "total": 9000}
-    write_json(run.record, {
+    write_json(run.path, {
         "command": options.command(run.settings), "settings": checkpoint.recorded(run.settings), "machine": where,
-        "versions": {"torch": "2"}, **FINGERPRINTS, "classes": ["neg", "pos"], "parameters": trained,
-        "sentences": {"train": 1, "dev": 150, "test": 200},
+        "versions": {"torch": "2"}, "weights_sha256": run.place.weights_sha256, "data_sha256": run.place.data_sha256,
+        "classes": ["neg", "pos"], "parameters": trained, "sentences": {"train": 1, "dev": 150, "test": size},
         "history": history, "metrics": metrics, "dev": dev, "test": test})
+    run.place.add(run.path)
 
 
-def fake_study(place, name, folds):
-    """Records of all runs of a study; the k-th variant has skill 1 + k / 5."""
+def fail(run):
+    """Turn the record of a run into that of a failed one."""
+    record = {name: value for name, value in read_json(run.path).items() if name not in ("metrics", "dev", "test")}
+    write_json(run.path, record | {"failed": "step 3: the loss is nan", "history": []})
+    run.place.add(run.path)
+
+
+def fake_study(place, name, folds, size=200):
+    """Records of all runs of a study; the k-th variant has skill 1 + k / 5. Returns its Result."""
     for fold in folds:
         for index, variant in enumerate(STUDIES[name].variants):
-            fake_record(runs.make_run(place, variant, fold, STUDIES[name].rule), 1 + index / 5)
-    return compare.collect(place, name, folds)
+            fake_record(runs.make_run(place, variant, fold, STUDIES[name].rule), 1 + index / 5, size)
+    return result_of(place, name)
+
+
+def result_of(place, name):
+    study = STUDIES[name]
+    outcomes = runs.collect(place, study)
+    return report.Result(name, study, place, outcomes, [report.measure(study, outcomes, one) for one in study.contrasts])
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    monkeypatch.setattr(plots, "finish", lambda figure, *arguments: figure)
 
 
 # -- lab/studies.py ---------------------------------------------------------------------------------------
@@ -3008,6 +2978,10 @@ def test_every_run_of_a_study_can_be_made_and_repeated_with_its_command(name, fa
     assert len(set(names)) == len(names)
     assert {side for contrast in study.contrasts for side in (contrast.a, contrast.b)} <= set(names)
     for variant in study.variants:
+        if None in runs.rates_of(fake_place, variant, study.rule).values():
+            with user_error("--rates", "minipeft/lab/studies.py"):
+                runs.make_run(fake_place, variant, 3, study.rule)
+            continue
         run = runs.make_run(fake_place, variant, 3, study.rule)
         assert re.fullmatch(r"[\w.+-]+-lr-[\w.-]+-fold3", run.name) and len(run.name) < 120
         again = options.parse(shlex.split(options.command(run.settings))[2:])
@@ -3027,6 +3001,14 @@ def test_a_run_that_several_studies_want_is_one_run(fake_place):
     assert len(set(names("alpha"))) == 20
 
 
+def test_a_rate_of_its_own_for_the_head_comes_from_two_searches(fake_place, monkeypatch):
+    variant = STUDIES["head-rate"].variants[3]
+    for name, rate in (("lora-head", 8e-3), ("lora-body", 2.5e-4)):
+        monkeypatch.setitem(SEARCHES, name, dataclasses.replace(SEARCHES[name], calibrated=rate))
+    settings = runs.make_run(fake_place, variant, 0, "calibrated").settings
+    assert (variant.name, settings.lr, settings.head_lr) == ("LoRA, own head rate", 2.5e-4, 8e-3)
+
+
 def test_the_targets_study_compares_matched_sizes():
     sizes = []
     for variant in STUDIES["targets"].variants:
@@ -3044,60 +3026,22 @@ def test_the_command_of_a_published_record_gives_its_settings():
         assert checkpoint.recorded(options.parse(shlex.split(record["command"])[2:])) == record["settings"], path
 
 
-def test_learning_rates_are_those_of_the_search():
+def test_published_rates_are_those_that_the_rules_choose_and_never_at_an_edge(published):
+    searched = set()
+    for name, search in SEARCHES.items():
+        found = rates.find(published.places[search.folder], name) if search.folder in published.places else {}
+        scores = rates.average(found)
+        if not scores or search.calibrated is None:
+            continue
+        searched.add(name)
+        chosen = rates.choose(rates.over_sentences(scores))
+        for rule, rate in chosen.items():
+            if getattr(search, rule) is not None:
+                assert rate == getattr(search, rule), (name, rule)
+        assert {chosen["calibrated"] / search.factor, chosen["calibrated"] * search.factor} <= scores.keys(), name
+    assert searched >= options.TECHNIQUES.keys()
     for name, technique in options.TECHNIQUES.items():
-        assert SEARCHES[name].accuracy == technique.lr
-    for path in ROOT.glob("results/**/rates.json"):
-        for name, found in read_json(path).items():
-            assert (SEARCHES[name].accuracy, SEARCHES[name].loss) == (found["accuracy"], found["loss"]), path
-
-
-def test_the_published_report_is_what_the_records_give(tmp_path, monkeypatch):
-    shutil.copytree(ROOT / "results", tmp_path / "results")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plots, "finish", lambda figure, *arguments: figure)  # no pictures
-    assert compare.main(compare.parse(["--report"])) == 0
-    for path in (ROOT / "results").rglob("*"):
-        if path.name in ("README.md", "rates.json"):
-            assert (tmp_path / path.relative_to(ROOT)).read_text() == path.read_text(), path
-
-
-def test_the_close_call_in_the_limits_is_that_of_the_records():
-    def right(folder, rate):
-        """The number of right predictions on dev, over folds 0 to 2."""
-        records = [read_json(ROOT / f"results/{folder}/adapter-lr-{rate}-fold{fold}.json") for fold in range(3)]
-        return sum(round(record["metrics"]["dev_accuracy"] * record["sentences"]["dev"]) for record in records)
-
-    half, one, two, four = (right("search/runs", rate) for rate in ("0.0005", "0.001", "0.002", "0.004"))
-    limits = " ".join((ROOT / "results/limits.md").read_text().split())
-    assert f"2e-3 has {100 * (two - one) / 2889:.1f} points more" in limits
-    assert f"4e-3 has {100 * (two - four) / 2889:.3f} points less" in limits
-    assert (one - half, right("runs", "0.001") - half) == (1, -1) and "by one of 2,889 predictions" in limits
-    dropout = compare.collect(compare.read_place(ROOT / "results"), "dropout", range(3))
-    found = [compare.measure(dropout, contrast).accuracy for contrast in dropout.study.contrasts]
-    assert [one.verdict for one in found] == [stats.INCONCLUSIVE] * 2
-    full, lora = (one.mean for one in found)
-    assert f"by {full:+.2f} points (full fine-tuning) and {lora:+.2f} (LoRA)" in limits
-    assert f"LoRA would gain {lora - full:.1f} point" in limits
-    epochs = compare.collect(compare.read_place(ROOT / "results"), "epochs", range(3))
-    found = [compare.measure(epochs, contrast).accuracy for contrast in epochs.study.contrasts]
-    assert [one.verdict for one in found] == [stats.INCONCLUSIVE] * 2
-    assert "by {:+.2f} points (head tuning) and {:+.2f} (BitFit)".format(*(one.mean for one in found)) in limits
-
-
-def test_what_the_limits_say_of_few_sentences_is_true_of_the_records():
-    limits = " ".join((ROOT / "results/limits.md").read_text().split())
-    searched, costs = compare.read_place(ROOT / "results/search"), {}
-    for technique in ("adapter", "lora", "full"):
-        means = rates.average(rates.search(f"{technique}-86", searched))
-        (chosen, _), highest = rates.choose(means), rates.most_accurate(means)
-        costs[technique] = chosen, highest, round(100 * (means[highest][0] - means[chosen][0]), 1)
-    assert costs["adapter"] == (2.5e-4, 5e-4, 1.7) and costs["lora"][2] == costs["full"][2] == 0
-    assert "costs adapters 1.7 points on dev (2.5e-4 instead of 5e-4), LoRA and full fine-tuning nothing" in limits
-    few = compare.collect(compare.read_place(ROOT / "results"), "data", range(10)).outcomes
-    lora, full = (compare.mean_std(few[f"{name}, 431 sentences"].values(), "loss")[0]
-                  for name in ("LoRA", "full fine-tuning"))
-    assert f"its raw loss is worse ({lora:.2f} against {full:.2f})" in limits
+        assert SEARCHES[name].doubling == technique.lr  # train.py's default
 
 
 # -- lab/runs.py ------------------------------------------------------------------------------------------
@@ -3106,7 +3050,7 @@ def test_what_the_limits_say_of_few_sentences_is_true_of_the_records():
 def place(tiny, reviews, tmp_path):
     """Where short real runs on the tiny model go."""
     common = {"weights": str(tiny), "data": str(reviews), "max_length": 40, "batch_size": 16, "precision": "fp32"}
-    return runs.find_place(tmp_path / "out", compare.common_defaults() | common | {"device": "cpu"})
+    return runs.find_place(tmp_path / "out", options.common_defaults() | common | {"device": "cpu"})
 
 
 def outcome(record):
@@ -3115,35 +3059,49 @@ def outcome(record):
     return metrics, record["dev"], record["test"]
 
 
-def test_compare_killed_ends_its_run_and_the_same_command_resumes_to_the_same_result(place, tmp_path):
-    variant = Variant("lora", "lora", {"epochs": 8, "lr": 1e-2})
-    run, alone = (runs.make_run(where, variant, 0) for where in (place, stats.replace(place, out=tmp_path / "alone")))
-    code = (f"import pathlib; from minipeft.lab.runs import *; from minipeft.lab.studies import *; place = find_place("
-            f"pathlib.Path({str(place.out)!r}), {place.common!r}); train_missing([make_run(place, {variant!r}, 0)], 1)")
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
-    folder = Path(run.settings.out)
-    while not (folder / "state.safetensors").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()  # compare.py alone; its run has to notice, or two would write into one folder
-    process.wait()
-    for _ in range(3000):
-        try:
-            with checkpoint.locked(folder):
-                break
-        except UserError:  # the run still holds its folder
+def test_compare_stopped_ends_its_runs_and_killed_resumes_to_the_same_result(place, tiny, reviews):
+    words = ["--weights", tiny, "--data", reviews, "--max-length", 40, "--batch-size", 16, "--precision", "fp32",
+             "--device", "cpu", "--epochs", 4, "--folds", 1]
+
+    def start(out):
+        return subprocess.Popen([sys.executable, "compare.py", *map(str, words), "--out", str(out)], cwd=ROOT,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def wait_for_a_state(process):
+        while not list(place.out.glob("folders/*/state.safetensors")) and process.poll() is None:
             time.sleep(0.01)
-    else:
-        pytest.fail("the run outlived compare.py")
-    assert not run.record.exists()
-    runs.train_missing([run], 1)
-    assert "resuming after step" in run.log.read_text()
-    assert outcome(runs.load(run)) == outcome(train.run(alone.settings))
+
+    process = start(place.out)
+    wait_for_a_state(process)
+    process.terminate()
+    assert process.wait() == 143
+    for lock in place.out.glob("folders/*/lock"):
+        with checkpoint.locked(lock.parent):  # no run holds it any more
+            pass
+    process = start(place.out)
+    wait_for_a_state(process)
+    process.kill()  # its run goes on and keeps its folder
+    process.wait()
+    for folder in place.out.glob("folders/*"):
+        for _ in range(3000):
+            try:
+                with checkpoint.locked(folder):
+                    break
+            except UserError:
+                time.sleep(0.01)
+    assert start(place.out).wait() == 0
+    records = [read_json(path) for path in (place.out / "runs").iterdir()]
+    assert len(records) == 4
+    for record in records:
+        alone = options.parse([*shlex.split(record["command"])[2:], "--out", str(place.out.parent / "alone")])
+        alone.overwrite = True
+        assert outcome(train.run(alone)) == outcome(record)
 
 
 def test_runs_share_the_cores_and_one_precision_and_their_records_say_so(place, monkeypatch):
     measured = iter(["bf16", "fp32"])
     monkeypatch.setattr(runs, "choose_compute", lambda *_: (Compute(precision=next(measured)), ""))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     place.common["precision"] = "auto"
     made = [runs.make_run(place, Variant("head", "head", {"epochs": 1}), fold) for fold in range(3)]
     runs.train_missing(made[:2], 2)
@@ -3151,13 +3109,9 @@ def test_runs_share_the_cores_and_one_precision_and_their_records_say_so(place, 
     left.mkdir()
     (left / "lock").write_text("pid 1")  # of a run that was killed before it saved its first state
     runs.train_missing(made, 1)
-    machines = [runs.load(run)["machine"] for run in made]
+    machines = [run.record["machine"] for run in made]
     assert [(machine["jobs"], machine["threads"], machine["precision"]) for machine in machines] == [
-        (2, 2, "bf16"), (2, 2, "bf16"), (1, 4, "bf16")]
-    made[0].record.unlink()
-    again = runs.make_run(place, Variant("head", "head", {"epochs": 1}), 0)
-    runs.train_missing([again], 1)  # without measuring again
-    assert again.settings.precision == runs.load(again)["machine"]["precision"] == "bf16"
+        (2, 1, "bf16"), (2, 1, "bf16"), (1, min(2, os.cpu_count()), "bf16")]
 
 
 def test_a_failed_run_is_kept_and_a_mistake_stops_with_its_own_line(place, capsys):
@@ -3165,84 +3119,98 @@ def test_a_failed_run_is_kept_and_a_mistake_stops_with_its_own_line(place, capsy
     mistaken = runs.make_run(place, Variant("full", "full", {"top_layers": 9}), 0)
     with pytest.raises(UserError, match=f"{mistaken.name} .*: --top-layers 9: the encoder has only 2 layers"):
         runs.train_missing([failing, mistaken], 1)
-    assert "--lr" in runs.load(failing)["failed"] and not mistaken.record.exists()
-    before, record = sorted(place.out.rglob("*")), runs.load(failing)
+    assert "--lr" in failing.record["failed"] and not mistaken.path.exists()
+    before = sorted(place.out.rglob("*"))
     runs.train_missing([failing], 1)
-    assert "1 runs, 1 of them finished already" in capsys.readouterr().out and sorted(place.out.rglob("*")) == before
-    failing.record.unlink()  # a run whose record is deleted is repeated
-    runs.train_missing([failing], 1)
-    assert runs.load(failing) == record and failing.log.read_text().count("step 2: the loss is") == 2
+    assert "1 of 1 runs are finished already" in capsys.readouterr().out and sorted(place.out.rglob("*")) == before
 
 
-@pytest.mark.parametrize("part, change, word", [
-    ("settings", {"warmup": 0.2}, "warmup"), ("weights_sha256", {"model.safetensors": "x"}, "weights_sha256"),
-    ("data_sha256", None, "data_sha256"), ("machine", {"precision": "bf16"}, "precision")])
-def test_a_record_of_another_run_is_refused_by_name(part, change, word, fake_place):
-    fake_place.common["precision"] = "fp32"
+def test_records_are_found_by_their_settings_and_those_of_other_data_are_refused_by_name(fake_place):
     run = runs.make_run(fake_place, Variant("lora", "lora"), 0)
     fake_record(run, 1)
-    assert runs.load(run)["settings"]["lr"] == run.settings.lr
-    record = read_json(run.record)
-    write_json(run.record, record | {part: record[part] | change if change else ["other"]})
-    with user_error(str(run.record), f"differs in {word}:"):
-        runs.load(run)
+    run.path.rename(run.path.with_name("any-name.json"))
+    for place in (runs.read_place(fake_place.out), dataclasses.replace(fake_place, records={}, outcomes={})):
+        place.add(fake_place.out / "runs" / "any-name.json")
+        assert runs.make_run(place, Variant("LoRA again", "lora", {"rank": 8}), 0).record["settings"]["rank"] == 8
+        assert runs.make_run(place, Variant("lora", "lora", {"rank": 4}), 0).record is None
+        place.common["precision"] = "bf16"
+        with user_error("was run in fp32, and --precision is bf16"):
+            runs.make_run(place, Variant("lora", "lora"), 0).record
+        place.data_sha256 = ["other"]
+        with user_error("any-name.json is of other data"):
+            place.add(fake_place.out / "runs" / "any-name.json")
+
+
+def test_a_mistake_in_the_data_is_found_before_the_weights_are_fetched(tmp_path, monkeypatch):
+    (tmp_path / "broken.jsonl").write_text("{")
+    monkeypatch.setattr(download, "find_weights", lambda weights: pytest.fail("fetched"))
+    for name in ("broken.jsonl", "missing.csv"):
+        with user_error(name):
+            runs.find_place(tmp_path / "out", options.common_defaults() | {"data": str(tmp_path / name)})
 
 
 # -- lab/rates.py -----------------------------------------------------------------------------------------
 
-def searched(monkeypatch, place, curve):
-    """The result of a search; curve: (rate, fold) -> (accuracy, loss), or None for a failed run."""
-    def load(run):
-        found = curve(run.settings.lr, run.settings.fold)
-        return {"failed": ""} if found is None else {"metrics": dict(zip(("dev_accuracy", "dev_loss"), found))}
-
-    monkeypatch.setattr(rates, "load", load)
-    return rates.search("lora", place)
-
-
-def test_the_search_brackets_repeats_and_chooses_by_both_rules(monkeypatch, fake_place):
-    accuracy = {1.25e-4: 0.80, 2.5e-4: 0.83, 5e-4: 0.85, 1e-3: 0.853, 2e-3: 0.855}
-
-    def curve(rate, fold):
-        """Falls off a cliff above 2e-3, so 2e-3 does not survive being doubled; the loss is lowest at 2.5e-4."""
-        if rate > 3e-3:
-            return None
-        return accuracy.get(rate, 0.7) - 0.001 * fold, 0.3 + abs(math.log2(rate / 2.5e-4)) / 10
-
-    tried = searched(monkeypatch, fake_place, curve)
-    assert {rate: len(folds) for rate, folds in sorted(tried.items())} == {
-        1.25e-4: 3, 2.5e-4: 3, 5e-4: 3, 1e-3: 3, 2e-3: 3, 4e-3: 3}
-    assert rates.choose(rates.average(tried)) == (1e-3, 2.5e-4)
-    assert tried[4e-3][0] == (0.0, math.inf)
-
-
+@pytest.mark.parametrize("factor, folds", [(2, (0, 1, 2)), (4, (0, 1, 2)), (4, (0,))])
 @pytest.mark.parametrize("best", [1e-6, 3e-5, 0.05])
-def test_the_search_goes_as_far_as_it_has_to(best, monkeypatch, fake_place):
-    tried = searched(monkeypatch, fake_place, lambda rate, fold: (
-        0.8 - abs(math.log2(rate / best)) / 200, abs(math.log2(rate / best))))
-    for chosen in rates.choose(rates.average(tried)):
-        assert best / 2 < chosen < 2 * best and min(tried) < chosen < max(tried)
-
-
-@pytest.mark.parametrize("factor", [2, 4])
-@pytest.mark.parametrize("best", [1e-6, 3e-5, 0.05])
-def test_the_search_by_calibrated_loss_ends_with_the_best_rate_and_its_neighbours_on_three_folds(best, factor):
+def test_a_search_ends_with_the_best_rate_and_its_neighbours_on_all_its_folds(best, factor, folds):
     found = {}
-    while pairs := rates.calibrated_to_run(found, 1e-3, factor):
+    while pairs := rates.still_to_run(found, 1e-3, factor, folds):
         for rate, fold in pairs:
             found.setdefault(rate, {})[fold] = abs(math.log2(rate / best)) + fold
-    chosen = min((rate for rate in found if len(found[rate]) == 3), key=lambda rate: found[rate][2])
+    chosen = min((rate for rate in found if len(found[rate]) == len(folds)), key=lambda rate: found[rate][0])
     assert best / factor < chosen < best * factor
-    assert {len(found[rate]) for rate in (chosen / factor, chosen, chosen * factor)} == {3}
+    assert {len(found[rate]) for rate in (chosen / factor, chosen, chosen * factor)} == {len(folds)}
 
 
-def test_a_search_whose_runs_all_failed_is_an_error_of_the_search_and_not_of_a_report(monkeypatch, fake_place):
-    monkeypatch.setattr(rates, "train_missing", lambda missing, jobs: None)
-    assert searched(monkeypatch, fake_place, lambda rate, fold: None) is None
-    assert "every rate from 0.00025 to 0.001" in refusal(rates.search, "lora", fake_place, 1)
+def test_each_rule_chooses_by_its_own_measure():
+    def means(*rows):
+        return {rate: rates.Scores(*row) for rate, row in rows}
+
+    assert rates.choose(means((1, (0.850, 0.40, 0.33)), (2, (0.853, 0.42, 0.32)), (4, (0.855, 0.50, 0.34)),
+                              (8, (0.840, 0.30, 0.40)))) == {
+        "calibrated": 2, "loss": 8, "highest": 4, "doubling": 2}  # 8 is more than 1 point below 4
+    assert rates.choose(means((1, (0.8, 0.4, 0.3))))["doubling"] == 1  # no double was tried
+
+
+def test_a_search_reads_its_own_runs_and_a_bootstrap_of_dev_says_how_sure_its_choice_is(fake_place):
+    for rate, skill in ((1e-3, 1.0), (2e-3, 3.0), (4e-3, 1.0)):
+        for fold in range(3):
+            fake_record(runs.make_run(fake_place, Variant("", "lora", {"lr": rate}), fold), skill)
+    fake_record(runs.make_run(fake_place, Variant("", "lora", {"lr": 8e-3, "rank": 4}), 0), 9)  # of another setting
+    fake_record(runs.make_run(fake_place, Variant("", "lora", {"lr": 8e-3}), 0), 9)             # of one fold only
+    fail(runs.make_run(fake_place, Variant("", "lora", {"lr": 4e-3}), 1))
+    found = rates.find(fake_place, "lora")
+    assert {rate: len(folds) for rate, folds in found.items()} == {1e-3: 3, 2e-3: 3, 4e-3: 3, 8e-3: 1}
+    scores = rates.average(found)
+    assert list(scores) == [1e-3, 2e-3, 4e-3] and rates.over_sentences(scores)[4e-3].calibrated > 30  # a run has failed
+    shares = rates.bootstrap(scores, 200)
+    assert shares["calibrated"] == shares["highest"] == {2e-3: 1.0}
+    twins = {1: scores[1e-3], 2: dataclasses.replace(scores[1e-3], calibrated=scores[1e-3].calibrated[::-1])}
+    assert 0.3 < rates.bootstrap(twins, 200)["calibrated"][1] < 0.7  # the same values on other sentences
+
+
+def test_a_search_whose_runs_all_failed_says_so(fake_place, monkeypatch):
+    def train_missing(missing, jobs):
+        for run in missing:
+            fake_record(run, 1)
+            fail(run)
+
+    monkeypatch.setattr(rates, "train_missing", train_missing)
+    with user_error("failed at every rate from 0.00025 to 0.001"):
+        rates.search_rate(fake_place, "lora", SEARCHES["lora"], 1)
 
 
 # -- lab/stats.py -----------------------------------------------------------------------------------------
+
+def t_quantile(level, df):
+    """Student's t by numerical integration of its density: an oracle."""
+    x = np.linspace(0, 400, 2_000_001)
+    scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
+    density = scale * (1 + x ** 2 / df) ** (-(df + 1) / 2)
+    mass = 2 * np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)]) * (x[1] - x[0])
+    return np.interp(level, mass, x)
+
 
 @pytest.mark.parametrize("level, df, printed", [
     (0.95, 1, 12.7062), (0.95, 2, 4.3027), (0.95, 3, 3.1824), (0.95, 9, 2.2622), (0.95, 30, 2.0423), (0.9, 4, 2.1318),
@@ -3252,12 +3220,19 @@ def test_quantiles_of_student_t_agree_with_printed_tables(level, df, printed):
     assert stats.student_t(level, df) == pytest.approx(printed, abs=6e-5)
 
 
-def test_the_interval_over_folds_by_hand():
+def test_the_three_intervals_over_folds_by_hand():
     found = stats.paired([1.0, 2.0, 3.0])  # variance 1, standard error sqrt(1/3 + 1/9) = 2/3
     assert (found.mean, found.runs, found.level) == (2, 3, 0.95)
     assert (found.low, found.high) == pytest.approx((2 - 4.3027 * 2 / 3, 2 + 4.3027 * 2 / 3), abs=1e-4)
-    assert (found.low90, found.high90) == pytest.approx((2 - 2.9200 * 2 / 3, 2 + 2.9200 * 2 / 3), abs=1e-4)
-    assert stats.paired([1.0, 2.0, 3.0], comparisons=5).high == pytest.approx(2 + 9.9248 * 2 / 3, abs=1e-4)
+    assert (found.inner_low, found.inner_high) == pytest.approx((2 - 2.92 * 2 / 3, 2 + 2.92 * 2 / 3), abs=1e-4)
+    five = stats.paired([1.0, 2.0, 3.0], comparisons=5)
+    assert (five.high, five.inner_high) == pytest.approx((2 + 9.9248 * 2 / 3, 2 + 6.9646 * 2 / 3), abs=1e-4)  # 99, 98%
+    table = [fold + np.array([-1.0, 0.0, 1.0]) for fold in (1, 2, 3)]  # the sentences of a fold have variance 1, n = 3
+    for kind, error in (("corrected", math.sqrt(1 / 3 + 1 / 9)), ("plain", math.sqrt(1 / 3)),
+                        ("split", math.sqrt(1 / 9 + 2 / 3 * (1 / 3 + 1 / 9)))):
+        assert stats.compare(table, interval=kind).high == pytest.approx(2 + 4.3027 * error, abs=1e-4), kind
+    noisy = [10 * row for row in table[:1]] * 3  # folds vary less than their sentences: no run variance is left
+    assert stats.compare(noisy, interval="split").high == pytest.approx(10 + 4.3027 * math.sqrt(100 / 9), abs=1e-3)
     assert stats.mean_std([3.0]) == (3, None) and stats.mean_std([1, 2, 3]) == (2, 1)
     with pytest.raises(ValueError, match="two folds"):
         stats.paired([1.0])
@@ -3289,7 +3264,7 @@ def test_one_run_is_compared_over_its_sentences_and_a_copy_of_it_adds_nothing():
     right = 100.0 * np.repeat([1, -1, 0], [60, 40, 900])
     found = stats.paired_sentences(right)
     half = 1.959964 * math.sqrt(100 ** 2 * (0.1 - 0.02 ** 2) / 999)  # by hand: mean 0.02, mean square 0.1
-    assert (found.mean, found.runs, found.needed) == (pytest.approx(2), 1, None)
+    assert (found.mean, found.runs) == (pytest.approx(2), 1)
     assert (found.low, found.high) == pytest.approx((2 - half, 2 + half), abs=0.005)
     seeds = stats.paired_sentences([[1.0] * 5, [2.0] * 5, [3.0] * 5])  # only seeds vary: Student's t over them
     assert seeds.high == pytest.approx(2 + 4.3027 * math.sqrt(1 / 3), abs=1e-4)
@@ -3303,21 +3278,12 @@ def test_one_run_is_compared_over_its_sentences_and_a_copy_of_it_adds_nothing():
     (2.0, 0.5, {}, "better"), (-2.0, 0.5, {}, "worse"), (0.0, 0.55, {}, "equivalent within 1 point"),
     (0.0, 0.7, {}, "inconclusive"), (-0.5, 0.2, {}, "worse, but equivalent within 1 point"),
     (1.2, 0.5, {}, "better"), (1.2, 0.5, {"comparisons": 5}, "inconclusive"),
+    (0.0, 0.55, {"comparisons": 5}, "inconclusive"),  # both kinds of words are corrected
     (0.0, 0.7, {"margin": 2}, "equivalent within 2 points"),
     (-0.02, 0.005, {"margin": None, "lower_is_better": True}, "better"),
-    (0.0, 0.005, {"margin": None}, "inconclusive"), (0.0, 0.0, {}, "equivalent within 1 point")])
+    (0.0, 0.005, {"margin": None}, "inconclusive"), (0.0, 0.0, {}, "no verdict")])
 def test_one_rule_judges_every_comparison(mean, error, more, word):
     assert stats.judge(mean, error, 10 ** 6, 1, **more).verdict == word  # normal: 1.960 and 1.645 standard errors
-
-
-def test_an_inconclusive_comparison_names_the_folds_that_would_settle_it():
-    def settled(k):  # an independent formula: mean 1, standard deviation 1, in closed form
-        error = math.sqrt(1 / k + 1 / 9)
-        return t_quantile(0.95, k - 1) * error < 1 or 1 + t_quantile(0.9, k - 1) * error <= 1
-    found = stats.paired([0.0, 1.0, 2.0])
-    assert found.verdict == "inconclusive" and found.needed == next(k for k in range(4, 101) if settled(k)) == 12
-    assert stats.paired([-3.0, 3.5]).needed is None  # no number of folds up to 100
-    assert stats.paired([5.0, 6.0, 7.0]).needed is None  # settled already
 
 
 def test_temperature_minimises_the_loss_and_is_1_where_probabilities_are_true():
@@ -3336,7 +3302,7 @@ def test_temperature_minimises_the_loss_and_is_1_where_probabilities_are_true():
     assert stats.temperature([[1, 0], [0, 1]], [0, 1]) == pytest.approx(0.2)  # all correct: no finite minimum
 
 
-def test_loss_and_calibration_error_by_hand():
+def test_loss_calibration_error_and_matthews_correlation_by_hand():
     logits = np.log([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.3, 0.7]])
     labels = np.array([0, 1, 1, 1])
     assert stats.log_loss(logits, labels) == pytest.approx(-np.mean(np.log([0.9, 0.2, 0.6, 0.7])))
@@ -3344,247 +3310,307 @@ def test_loss_and_calibration_error_by_hand():
     assert stats.log_loss(1e4 * logits, labels) == pytest.approx(1e4 * np.log(4) / 4)  # no overflow
     # two bins of width 0.25 are used: (0.5, 0.75] with gaps 0.4 and 0.3, (0.75, 1] with 0.1 and -0.8
     assert stats.expected_calibration_error(logits, labels, bins=4) == pytest.approx((0.7 + 0.7) / 4)
+    predicted = logits.argmax(1)  # 0 0 1 1 for 0 1 1 1: 2 true and 0 false positives, 1 true and 1 false negative
+    assert stats.matthews(predicted, labels) == pytest.approx((2 * 1 - 0 * 1) / math.sqrt(2 * 3 * 1 * 2))
+    assert stats.matthews(labels, labels) == pytest.approx(1) and stats.matthews([0, 0, 0], [0, 1, 1]) == 0
 
 
 # -- lab/report.py ----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def published():
+    """The places and results of the published records, and the cells of the sensitivity table."""
+    places = report.read_places(ROOT / "results")
+    found = {result.name: result for result in report.find_results(places)}
+    return SimpleNamespace(places=places, results=found, cells=report.sensitivity(places))
+
+
+@functools.cache
+def recompute(path):
+    """Accuracy and calibrated loss of a record's test part, and of dev, in plain numpy: {part: (2, n)}."""
+    record = read_json(path)
+
+    def losses(part, T):
+        z = np.array(record[part]["logits"]) / T
+        return np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), record[part]["labels"]]
+
+    T = 1.0
+    for width in (1.5, 0.1, 0.008):  # the temperature by search on three grids
+        T = min(T * np.exp(np.linspace(-width, width, 41)), key=lambda T: losses("dev", T).mean())
+    return {part: np.array([100 * (np.array(record[part]["logits"]).argmax(1) == record[part]["labels"]),
+                            losses(part, T)]) for part in ("test", "dev")}
+
+
+quantile = functools.cache(t_quantile)
+
+
+def intervals_by_hand(rows, m):
+    """{kind: (mean, low, high, inner low, inner high)} from differences of sentences, an array a fold."""
+    k, means = len(rows), np.array([row.mean() for row in rows])
+    total, sampling = means.var(ddof=1), np.mean([row.var(ddof=1) / len(row) for row in rows])
+    errors = {"corrected": total * (1 / k + 1 / 9), "plain": total / k,
+              "split": sampling / k + max(total - sampling, 0) * (1 / k + 1 / 9)}
+    return {kind: [means.mean()] + [means.mean() + sign * quantile(level, k - 1) * math.sqrt(error)
+                                    for level in (1 - 0.05 / m, 1 - 0.1 / m) for sign in (-1, 1)]
+            for kind, error in errors.items()}
+
+
+def word_by_hand(mean, low, high, inner_low, inner_high, margin, sign=1):
+    words = [] if low < 0 < high else ["better" if sign * mean > 0 else "worse"]
+    words += ["equivalent within 1 point"] if margin and -1 <= inner_low and inner_high <= 1 else []
+    return ", but ".join(words) or "inconclusive"
+
+
+def test_published_contrasts_agree_with_an_independent_recomputation(published):
+    paths = {}
+    for folder, place in published.places.items():
+        for path in (place.out / "runs").glob("*.json"):
+            paths[folder, runs.key(read_json(path)["settings"])] = path
+
+    def check(found, outcomes, m, folder):
+        a, b = (outcomes[name] for name in (found.contrast.a, found.contrast.b))
+        tables = [recompute(paths[folder, runs.key(a[fold].record["settings"])])["test"]
+                  - recompute(paths[folder, runs.key(b[fold].record["settings"])])["test"] for fold in a]
+        for index, (measured, margin, sign) in enumerate(((found.accuracy, True, 1), (found.loss, False, -1))):
+            for kind, numbers in intervals_by_hand([table[index] for table in tables], m).items():
+                one = measured[kind]
+                ours = [one.mean, one.low, one.high, one.inner_low, one.inner_high]
+                np.testing.assert_allclose(ours, numbers, rtol=2e-3, atol=1e-4)
+                assert one.verdict == word_by_hand(*numbers, margin, sign), (found.name, kind)
+
+    checked = 0
+    for result in published.results.values():
+        if result.study.part == "test" and "test" not in result.runs(next(iter(result.outcomes)))[0].record["settings"]:
+            folder = next(name for name, place in published.places.items() if place is result.place)
+            for found in filter(lambda one: one.accuracy, result.findings):
+                check(found, result.outcomes, len(result.study.contrasts), folder)
+                checked += 1
+    for (contrast, rule), found in published.cells.items():
+        if found:
+            study = dataclasses.replace(STUDIES["calibrated"], rule=rule, partial=False, variants=[
+                Variant(name, name) for name in (contrast.a, contrast.b)])
+            for folder in study.folders:
+                outcomes = runs.collect(published.places[folder], study) if folder in published.places else {}
+                if outcomes and len(outcomes[contrast.a]) == 10:
+                    check(found, outcomes, 5, folder)
+                    checked += 1
+                    break
+    assert checked >= 40
+
+
+def test_the_published_report_is_what_the_records_give(tmp_path, monkeypatch, without_pictures):
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    assert compare.main(compare.parse(["--report"])) == 0
+    pages = [path for path in (ROOT / "results").rglob("*.md")]
+    assert {path.name for path in pages} >= {"README.md", "calibrated.md", "learning-rates.md"}
+    for path in pages:
+        assert (tmp_path / path.relative_to(ROOT)).read_text() == path.read_text(), path
+    figures = {name for path in pages for name in re.findall(r"\]\((?:\.\./)?figures/([\w-]+\.png)\)", path.read_text())}
+    assert figures and all((ROOT / "results/figures" / name).is_file() for name in figures)
+
+
+@pytest.mark.parametrize("verdicts, expected", [
+    (["worse"] * 4, ("worse", "")), (["inconclusive"] * 4, ("inconclusive", "")),
+    (["worse", "inconclusive"] * 2, ("depends", "the interval")),
+    (["worse", "worse", "inconclusive", "inconclusive"], ("depends", "the rule")),
+    (["worse", "inconclusive", "inconclusive", "inconclusive"], ("depends", "the rule and the interval"))])
+def test_a_verdict_is_one_that_all_rules_and_intervals_share(verdicts, expected):
+    choices = [(rule, kind) for rule in ("loss", "calibrated") for kind in ("corrected", "plain")]
+    assert report.agree(dict(zip(choices, verdicts))) == expected
+
 
 def test_seeds_on_one_test_file_are_compared_over_sentences(fake_place):
     fake_place.common |= {"data": "data.csv", "test": "test.csv"}
     result = fake_study(fake_place, "techniques", range(3))
     one, other = (result.outcomes[name] for name in ("lora", "full"))
-    differences = [one[seed].scores[0] - other[seed].scores[0] for seed in range(3)]
-    found = compare.measure(result, Contrast("lora", "full")).accuracy
-    assert found == stats.paired_sentences(differences, comparisons=4) != stats.paired(
-        [difference.mean() for difference in differences], comparisons=4)
+    differences = [one[seed].accuracy - other[seed].accuracy for seed in range(3)]
+    found = result.findings[2].accuracy
+    assert found == {"corrected": stats.paired_sentences(differences, comparisons=4)}
 
 
-def t_quantile(level, df):
-    """Student's t by numerical integration of its density: an oracle."""
-    x = np.linspace(0, 400, 2_000_001)
-    scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
-    density = scale * (1 + x ** 2 / df) ** (-(df + 1) / 2)
-    mass = 2 * np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)]) * (x[1] - x[0])
-    return np.interp(level, mass, x)
-
-
-def recompute(record):
-    """Accuracy and calibrated loss of a record in plain numpy; the temperature by search on two grids."""
-    def loss(part, T):
-        z = np.array(record[part]["logits"]) / T
-        return np.mean(np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), record[part]["labels"]])
-
-    T = 1.0
-    for width in (1.5, 0.02):
-        T = min(T * np.exp(np.linspace(-width, width, 301)), key=lambda T: loss("dev", T))
-    right = np.array(record["test"]["logits"]).argmax(1) == record["test"]["labels"]
-    return 100 * right.mean(), loss("test", T)
-
-
-@pytest.mark.parametrize("published", [False, True])
-def test_the_table_and_its_intervals_agree_with_an_independent_recomputation(fake_place, published):
-    if not published:
-        result = fake_study(fake_place, "techniques", range(5))
-    else:
-        result = compare.collect(compare.read_place(ROOT / "results"), "techniques", range(10))
-        if len(result.folds) < 2:
-            pytest.skip("results/runs holds fewer than two complete folds")
-    values = {name: {fold: recompute(run.record) for fold, run in outcomes.items()}
-              for name, outcomes in result.outcomes.items()}
-    heading, _, *lines = (line.split(" | ") for line in compare.quality_table(result, True))
-    for name, row in zip(values, lines):
-        for column, error, index in (("test accuracy (%)", 0.006, 0), ("test calibrated loss", 6e-5, 1)):
-            numbers = [value[index] for value in values[name].values()]
-            found = [float(number) for number in row[heading.index(column)].split("±")]
-            np.testing.assert_allclose(found, [np.mean(numbers), np.std(numbers, ddof=1)], atol=error)
-    for contrast in result.study.contrasts:
-        found = compare.measure(result, contrast)
-        folds = sorted(values[contrast.a].keys() & values[contrast.b].keys())
-        for index, comparison in enumerate((found.accuracy, found.loss)):
-            differences = [values[contrast.a][fold][index] - values[contrast.b][fold][index] for fold in folds]
-            error = math.sqrt(np.var(differences, ddof=1) * (1 / len(folds) + 1 / 9))
-            half = t_quantile(1 - 0.05 / 4, len(folds) - 1) * error
-            mean, found_ends = np.mean(differences), [comparison.mean, comparison.low, comparison.high]
-            np.testing.assert_allclose(found_ends, [mean, mean - half, mean + half], rtol=1e-3, atol=1e-4)
-    head, lora, full = (np.mean([value[0] for value in values[name].values()]) for name in ("head", "lora", "full"))
-    assert compare.gain_kept(result.outcomes, "lora", "accuracy") == f"{round(100 * (lora - head) / (full - head))}%"
+def test_a_matthews_correlation_is_compared_where_a_study_asks_for_it(fake_place):
+    result = fake_study(fake_place, "techniques", range(3))
+    study = dataclasses.replace(result.study, matthews=True)
+    found = report.measure(study, result.outcomes, Contrast("lora", "full"))
+    lora, full = ([100 * stats.matthews(np.argmax(run.record["test"]["logits"], 1), run.record["test"]["labels"])
+                   for run in result.runs(name)] for name in ("lora", "full"))
+    assert found.matthews == stats.paired(np.subtract(lora, full), comparisons=4, margin=None)
+    assert any("Matthews" in row[0] for row in report.contrast_rows([found]))
+    assert "Matthews" in report.quality_rows(dataclasses.replace(result, study=study))[0][-2]
 
 
 def test_runs_of_different_machines_are_not_compared_and_their_costs_not_averaged(fake_place):
     fake_study(fake_place, "techniques", range(3))
     fake_record(runs.make_run(fake_place, Variant("full", "full"), 1), 1.6, processor="B")
-    result = compare.collect(fake_place, "techniques", range(3))
-    found = compare.measure(result, Contrast("lora", "full", "equivalent"))
-    assert (found.accuracy.runs, found.left_out) == (2, 1) and "2 pairs, 1 left out" in compare.describe(found)
-    assert compare.measure(result, Contrast("lora", "adapter")).accuracy.runs == 3
-    where, groups = compare.on_one_machine(result)
+    result = result_of(fake_place, "techniques")
+    assert [(found.accuracy["corrected"].runs, found.left_out) for found in result.findings] == [
+        (2, 1), (2, 1), (2, 1), (3, 0)]
+    assert "1 left out" in report.contrast_rows(result.findings)[1][-1]
+    where, groups = report.on_one_machine(result)
     assert where.startswith("A, cpu") and len(groups["full"]) == 2
     fake_record(runs.make_run(fake_place, Variant("full", "full"), 2), 1.6, processor="A", jobs=2)
-    where, groups = compare.on_one_machine(compare.collect(fake_place, "techniques", range(3)))
+    where, groups = report.on_one_machine(result_of(fake_place, "techniques"))
     assert "runs at a time: 1" in where and len(groups["full"]) == 1 and len(groups["lora"]) == 3
 
 
-def test_failed_runs_are_counted_and_left_out_of_means(fake_place):
+def test_failed_runs_are_counted_and_left_out_of_means(fake_place, without_pictures):
     fake_study(fake_place, "techniques", range(3))
-    for fold, verdict in ((0, "inconclusive"), (1, "one run"), (2, "not measured")):
-        path = runs.make_run(fake_place, Variant("lora", "lora"), fold).record
-        failed = {key: value for key, value in read_json(path).items() if key not in ("metrics", "dev", "test")}
-        write_json(path, failed | {"failed": "step 3: the loss is nan", "history": []})
-        result = compare.collect(fake_place, "techniques", range(3))
-        row = compare.quality_table(result, False)[4]
-        assert row.startswith(f"| LoRA | {2 - fold} |") and row.endswith(f"| {fold + 1} |")
-        found = compare.measure(result, result.study.contrasts[2])
-        assert found.left_out == fold + 1 and verdict in compare.verdict_on_claim(found)
-    assert "no pair of runs, 3 left out" in compare.describe(found)
-    assert compare.report_study(fake_place, "techniques")[0]
+    for fold in range(3):
+        fail(runs.make_run(fake_place, Variant("lora", "lora"), fold))
+        result = result_of(fake_place, "techniques")
+        row = report.quality_rows(result)[3]
+        assert (row[0], row[1], row[-1]) == ("LoRA", 2 - fold, fold + 1)
+        assert result.findings[2].left_out == fold + 1
+    assert report.short_rows(result.findings)[3][1:] == ["no pair of runs", "no verdict"]
+    assert report.report(fake_place.out)
 
 
-def test_a_study_without_contrasts_says_where_each_series_is_best_by_accuracy_and_by_loss(fake_place):
-    skills = {6.25e-5: 1, 2.5e-4: 3, 1e-3: 3, 4e-3: 2}
+@pytest.mark.parametrize("size, skills, word", [(30, (1, 3), "no verdict"), (30, (1, 1), "no verdict"),
+                                                (400, (1, 1), "no verdict"), (400, (1, 5), "worse")])
+def test_few_sentences_and_identical_predictions_have_no_verdict(fake_place, size, skills, word):
+    study = dataclasses.replace(STUDIES["techniques"], variants=[Variant("lora", "lora"), Variant("full", "full")])
+    for variant, skill in zip(study.variants, skills):
+        fake_record(runs.make_run(fake_place, variant, 0), skill, size)
+    found = report.measure(study, runs.collect(fake_place, study), Contrast("lora", "full"))
+    assert found.verdicts == {"corrected": word}
+
+
+def test_a_study_without_contrasts_says_where_each_series_is_best(fake_place):
+    skills = {6.25e-5: 1, 2.5e-4: 3, 1e-3: 4, 4e-3: 2}
     for variant in STUDIES["alpha"].variants:
-        run = runs.make_run(fake_place, variant, 0)
-        fake_record(run, skills[variant.x])
-        if variant.name == "alpha = 16, rank 1, lr 0.001":  # as accurate, but too confident
-            record = read_json(run.record)
-            record["dev"]["logits"] = (5 * np.array(record["dev"]["logits"])).tolist()
-            write_json(run.record, record)
-    lines = compare.find_best(compare.collect(fake_place, "alpha", [0]))
-    assert len(lines) == 6
-    assert lines[0] == "alpha = 16, rank 1: highest dev accuracy at 0.00025 and 0.001, lowest raw loss at 0.00025"
-    assert lines[5] == ("alpha = 2 rank, rank 64: highest dev accuracy at 0.00025 and 0.001, "
-                        "lowest raw loss at 0.00025 and 0.001")
+        fake_record(runs.make_run(fake_place, variant, 0), skills[variant.x])
+    rows = report.best_rows(result_of(fake_place, "alpha"))
+    assert len(rows) == 7 and rows[1] == ["alpha = 16, rank 1", "0.001", "0.001"]
 
 
-def comparison(mean, half, runs=10, needed=None, margin=1.0, lower_is_better=False):
-    found = stats.judge(mean, half / stats.student_t(0.95, 9), 9, runs, 1, margin, lower_is_better)
-    return stats.replace(found, needed=needed)
+def test_a_study_is_shown_where_its_variants_have_runs_and_only_a_partial_one_without_one_of_them(fake_place):
+    for name in ("head", "adapter", "lora", "full"):
+        fake_record(runs.make_run(fake_place, Variant(name, name), 0, "calibrated"), 1)
+    assert list(runs.collect(fake_place, STUDIES["calibrated"])) == ["head", "adapter", "lora", "full"]
+    assert runs.collect(fake_place, STUDIES["techniques"]) == {}  # adapters have another rate there
+    (fake_place.out / "gpu").mkdir()
+    gpu = dataclasses.replace(fake_place, out=fake_place.out / "gpu", records={}, outcomes={})
+    fake_study(gpu, "calibrated", [0])
+    found, = [one for one in report.find_results(report.read_places(fake_place.out)) if one.name == "calibrated"]
+    assert found.place.out.name == "gpu" and len(found.outcomes) == 5  # the first folder that has them
 
 
-LOWER_LOSS = comparison(-1, 0.5, margin=None, lower_is_better=True)
+def test_tables_for_a_terminal_are_aligned_within_100_columns():
+    rows = [["", "verdict"], ["a short name", "worse"], ["a very long name " * 8, "equivalent within 1 point"]]
+    lines = report.aligned(rows)
+    assert max(map(len, lines)) <= 100 and {line.find("worse") for line in lines} - {-1} == {lines[0].find("verdict")}
+    assert " ".join(" ".join(lines[2:]).split()).startswith("a very long name")
 
 
-def test_the_folds_that_are_needed_settle_the_claim_and_not_only_the_difference(fake_place, monkeypatch):
-    base = np.linspace(-2.2, 0.4, 10)  # its mean is -0.9: soon worse, but for long not by 1 point
-    assert stats.paired(base).needed < 30
-    for expected, needed in ((None, stats.paired(base).needed), ("equivalent", None)):
-        assert stats.paired(base, is_open=functools.partial(compare.leaves_open, expected)).needed == needed
-    result = fake_study(fake_place, "techniques", range(3))
-    seen = []
-    monkeypatch.setattr(stats, "paired", lambda *given, **rule: seen.append(given[2]) or comparison(1, 2))
-    compare.measure(result, Contrast("lora", "full", "equivalent"))
-    assert seen[0].args == ("equivalent",)
+# -- lab/plots.py -----------------------------------------------------------------------------------------
+
+LINES = [*options.TECHNIQUES, "last block + head"]
+LABELS = [plots.look(name)[0] for name in LINES]
+POINTS = {name: [Point(1e-4, 80, 79, 81.5), Point(2e-4, 82, 81, 83), Point(4e-4, 50)] for name in LINES}
+KINDS = {name: [Point("query", 80, 79, 82), Point("query and value", 81)] for name in LINES}
+HISTORY = [{"epoch": epoch, "train_loss": 0.5 / epoch, "dev_loss": 0.4, "train_accuracy": 0.8, "dev_accuracy": 0.8}
+           for epoch in (1, 2)]
+ROW = plots.Row("LoRA − full", 0.5, -0.5, 1.5, -0.2, 1.2, "inconclusive")
+MEMORY = {"full": Memory(91, 91, 182, 400, 780), "lora": Memory(91, 2, 4, 400)}
+PANEL = plots.Panel(POINTS, "learning rate", "accuracy (%)", low=70, high=90, ringed=dict.fromkeys(LINES, 2e-4))
 
 
-@pytest.mark.parametrize("expected, accuracy, loss, words", [
-    ("equivalent", comparison(0.1, 0.5), comparison(1, 2), "confirmed (within 1 point)"),
-    ("equivalent", comparison(-0.6, 0.3), comparison(1, 2), "confirmed (within 1 point)"),  # though worse
-    ("equivalent", comparison(-0.9, 0.5), comparison(1, 2), "inconclusive (worse, perhaps by less than 1 point)"),
-    ("equivalent", comparison(0.9, 0.5), comparison(1, 2), "inconclusive (better, perhaps by less than 1 point)"),
-    ("equivalent", comparison(-3, 1), comparison(1, 2), "contradicted (worse)"),
-    ("equivalent", comparison(0.5, 2, needed=14), comparison(-1, 0.5), "inconclusive (14 folds would settle it)"),
-    ("better", comparison(3, 1), comparison(1, 2), "confirmed"),
-    ("better", comparison(-3, 1), comparison(1, 2), "contradicted (worse)"),
-    ("better", comparison(0.5, 2, needed=20), comparison(1, 2), "inconclusive (20 folds would settle it)"),
-    ("better", comparison(0.5, 2), LOWER_LOSS, "confirmed by calibrated loss"),
-    ("worse", comparison(0.5, 2), LOWER_LOSS, "contradicted by calibrated loss (better)"),
-    ("better", comparison(0.1, 0.5), comparison(0, 2, margin=None), "not confirmed (equivalent within 1 point)"),
-    ("better", comparison(0.1, 0.5), LOWER_LOSS, "not confirmed (equivalent within 1 point)"),
-    ("better", comparison(3, 1, runs=1), comparison(1, 2), "confirmed, one run")])
-def test_a_verdict_follows_from_the_intervals_and_the_claim(expected, accuracy, loss, words):
-    contrast = Contrast("a", "b", expected)
-    assert compare.verdict_on_claim(compare.Finding(contrast, accuracy, loss)) == words
+@pytest.mark.parametrize("name, arguments, labels", [
+    ("curves", (HISTORY[:1], "runs/$a$b"), ["runs/$a$b", "train", "dev"]),
+    ("learning_curves", ({name: [HISTORY, HISTORY] for name in LINES}, "a note"), [*LABELS, "train", "dev", "a note"]),
+    ("series", ([[PANEL, plots.Panel(KINDS, "layers", "accuracy", "alpha")]], "a note"),
+     [*LABELS, "alpha", "query", "accuracy", "a note"]),
+    ("memory", (MEMORY, "fp32"), ["LoRA", "full fine-tuning", "weights", "activations", "measured total", "fp32"]),
+    ("forest", ({"rank": [ROW], "": [ROW]}, "points", "a note"), ["rank", "LoRA − full", "inconclusive"]),
+    ("sensitivity", ({"LoRA": {"loss": [ROW] * 2, "accuracy": []}}, {"plain": "#332288", "corrected": "#009e73"}, "n"),
+     ["LoRA", "loss", "not run", "plain", "corrected"]),
+    ("heat_map", ([[80.12, 50.0], [math.nan, 70.0]], 82.0), ["80.1", "50.0", "70.0", "82.0%"]),
+    ("spectra", ({"full": [[3, 1, 0.1], [2, 1, 1]], "lora": [[1, 0.1]]},),
+     ["full fine-tuning: 90% at rank 2", "LoRA: 90% at rank 1"])])
+def test_every_figure_is_drawn_without_a_warning_and_labels_what_it_is_given(name, arguments, labels, tmp_path):
+    with warnings.catch_warnings(action="error"):
+        figure = getattr(plots, name)(*arguments, path=tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    shown = "\n".join(text.get_text() for text in figure.findobj(Text))
+    assert [label for label in labels if label not in shown] == []
+
+
+def test_axes_end_at_what_is_possible_and_an_arrow_marks_what_lies_beyond(tmp_path):
+    figure = plots.series([[plots.Panel({"lora": [Point(1, 99, 20, 180), Point(2, 50)]}, "rank", "accuracy (%)")]], "",
+                          tmp_path / "s.png")
+    low, high = figure.axes[0].get_ylim()
+    assert 0 <= low and high == 100
+    wide = plots.Row("a", -20, -900, 40, -300, 10)
+    axis = plots.forest({"": [wide]}, "points", "", tmp_path / "f.png").axes[0]
+    assert axis.get_xlim()[0] > -120 and "<" in [line.get_marker() for line in axis.lines]
+
+
+def test_the_looks_of_techniques_differ_and_stay_the_same_in_every_figure():
+    looks = [plots.look(name, LINES) for name in LINES]
+    assert all(len(set(part)) == len(LINES) for part in zip(*looks))
+    assert looks[:-1] == [plots.look(name) for name in options.TECHNIQUES]
 
 
 # -- compare.py -------------------------------------------------------------------------------------------
 
-def test_a_report_trains_nothing_and_repeats_to_the_byte(fake_place, monkeypatch):
+def test_a_report_trains_nothing_repeats_to_the_byte_and_prints_commands_that_are_accepted(fake_place, monkeypatch):
     monkeypatch.setattr(runs, "start", lambda *arguments: pytest.fail("a report must not train"))
     fake_study(fake_place, "rank", range(2))
     fake_record(runs.make_run(fake_place, Variant("lora", "lora"), 2), 1)  # of rank 8 alone
     out = fake_place.out
-    other = stats.replace(fake_place, out=out / "other", common=fake_place.common | {"epochs": 4})
-    fake_study(other, "dropout", [0])
-    same = stats.replace(fake_place, out=out / "same")
-    fake_study(same, "rank", [0])
-    fake_study(same, "bottleneck", [0])
-    with monkeypatch.context() as patch:
-        patch.setitem(FINGERPRINTS, "weights_sha256", {"model.safetensors": "other"})
-        fake_study(stats.replace(fake_place, out=out / "weights", **FINGERPRINTS), "rank", [0])
-    for place in (fake_place, other):
-        for fold in range(3):  # a complete search
-            for power in range(-4, 5):
-                variant = Variant("head", "head", {"lr": 8e-3 * 2.0 ** power})
-                fake_record(runs.make_run(place, variant, fold), 4 - abs(power))
+    imdb = dataclasses.replace(fake_place, out=out / "imdb", records={}, outcomes={}, data_sha256=["t", "d"],
+                               common=fake_place.common | {"data": "d.csv", "test": "t.csv", "max_length": 256})
+    fake_study(imdb, "imdb", [0])
+    searched = dataclasses.replace(fake_place, out=out / "fp32", records={}, outcomes={})
+    for fold in range(3):
+        for power in (-1, 0, 1):
+            fake_record(runs.make_run(searched, Variant("head", "head", {"lr": 8e-3 * 2.0 ** power}), fold),
+                        4 - abs(power))
     claim = {"claim": "a claim", "source": "a paper", "measured": "3", "verdict": "confirmed"}
     write_json(out / "analysis.json", {"claims": [claim | {"figure": None, "command": "c"}]})
     (out / "limits.md").write_text("- A limit of these runs.\n")
     contents = []
     for _ in range(2):
         assert compare.main(compare.parse(["--report", "--out", str(out)])) == 0
-        contents.append({path.name: path.read_bytes() for path in out.iterdir() if path.is_file()})
+        contents.append({path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*.*")
+                         if "runs" not in path.parts})
     assert contents[0] == contents[1]
-    assert contents[0].keys() == {"README.md", "rank.png", "rank-differences.png", "rates.png", "rates.json",
-                                  "analysis.json", "limits.md"}
-    text = contents[0]["README.md"].decode()
-    assert "## rank\n" in text and "## light\n" not in text and "| head tuning | 0.00" in text
-    assert "| a claim (a paper) | 3 | confirmed |" in text and "--study rank --folds 2 --precision fp32" in text
-    assert "- A limit of these runs.\n" in text and "close call" not in text  # that is a limit of the published runs
-    assert "## other: Learning rates\n" in text and "(other/rates.png)" in text
-    assert "## other: dropout\n" in text and "| other: encoder dropout of 0.1" in text and "(other/dropout.png)" in text
-    assert f"--folds 1 --epochs 4 --precision fp32 --out {out.as_posix()}/other`" in text
-    assert "## same: bottleneck\n" in text and "| same: the size of the adapters" in text
-    assert "same: rank" not in text and "| same: a rank of 1" not in text  # the main runs decide
-    assert "## weights: rank\n" in text and "| weights: a rank of 1" in text  # other weights: another comparison
-    for command in re.findall(r"`(python compare.py [^`]+)`", text):
-        compare.parse(shlex.split(command)[2:])  # every printed command is accepted
-
-
-@pytest.mark.parametrize("name", [name for name, study in STUDIES.items() if study.contrasts])
-def test_a_figure_has_error_bars_only_if_all_are_relative_to_one_variant(name, fake_place):
-    result = fake_study(fake_place, name, range(2))
-    findings = [compare.measure(result, contrast) for contrast in result.study.contrasts]
-    shown = compare.shown_by_bars(findings, result.study.variants)
-    assert bool(shown) == (name in ("techniques", "techniques-loss", "rank", "bottleneck", "init"))
-    panels = compare.get_panels(result, shown).values()
-    points = [point for series in panels for row in series.values() for point in row]
-    assert sum(point.low is None for point in points) == (1 if shown else len(points))
-    for found in shown.values():
-        assert f"difference to {compare.label(found.contrast.b)};" in compare.explain_bars(shown)
-    assert compare.explain_bars({}) == ""
-
-
-@pytest.mark.parametrize("study", STUDIES)
-def test_the_command_in_the_report_of_a_study_alone_is_accepted(study, fake_place, capsys):
-    fake_study(fake_place, study, [0])  # the settings that all its runs share may be those of its variants
-    compare.report(compare.read_place(fake_place.out))
-    commands = re.findall(r"`(python compare.py [^`]+)`", (fake_place.out / "README.md").read_text())
-    assert any(f"--study {study} " in command for command in commands)
-    for command in commands:
+    assert contents[0].keys() == {
+        "README.md", "analysis.json", "limits.md", "studies/rank.md", "studies/imdb.md", "studies/learning-rates.md",
+        "figures/rank.png", "figures/rank-differences.png", "figures/imdb-differences.png", "figures/imdb-curves.png",
+        "figures/rates.png", "figures/contrasts.png"}
+    readme, pages = contents[0]["README.md"].decode(), b"".join(contents[0].values()).decode(errors="replace")
+    assert "| a claim (a paper) | `c` | 3 | confirmed |" in readme and "- A limit of these runs.\n" in readme
+    assert f"--study rank --folds 2 --precision fp32 --out {out.as_posix()}`" in pages
+    assert f"--test t.csv --max-length 256 --precision fp32 --out {out.as_posix()}/imdb`" in pages
+    for command in re.findall(r"`(python compare.py [^`]+)`", pages):
         compare.parse(shlex.split(command)[2:])
 
 
-def test_the_commands_of_a_report_repeat_the_precision_of_its_records(fake_place):
-    fake_study(fake_place, "dropout", range(2))
-    assert compare.read_place(fake_place.out).common["precision"] == "fp32"
-    fake_record(runs.make_run(fake_place, Variant("lora", "lora"), 0), 1, precision="bf16")
-    place = compare.read_place(fake_place.out)
-    assert place.common["precision"] == "auto" and compare.inputs(place) == compare.inputs(fake_place)
+def test_without_a_search_on_the_user_s_data_the_first_line_says_so_and_names_the_command(
+        fake_place, monkeypatch, capsys, without_pictures):
+    fake_place.common |= {"data": "my.csv", "weights": "w"}
 
+    def train_missing(missing, jobs):
+        for run in missing:
+            if run.record is None:
+                fake_record(run, max(0.1, 3 - abs(math.log(run.settings.lr / 1.2e-3))))  # 1.2e-3 is best
 
-def test_a_report_finds_runs_whose_test_file_was_named_in_two_ways(fake_place):
-    for seed, name in enumerate(("test.csv", "./test.csv")):
-        fake_study(stats.replace(fake_place, common=fake_place.common | {"data": "data.csv", "test": name}), "rank",
-                   [seed])
-    assert compare.report(compare.read_place(fake_place.out))["rank"]
-
-
-def test_lines_of_head_and_full_tuning_are_drawn_from_the_folds_of_the_study_alone(fake_place, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "study", lambda *arguments: drawn.append(arguments[-1]))
-    result = fake_study(fake_place, "rank", range(3))
-    for folds in (range(2), range(3)):
-        fake_study(fake_place, "techniques", folds)
-        compare.draw(result, [compare.measure(result, result.study.contrasts[0])], fake_place)
-    assert [set(references) for references in drawn] == [set(), {"head", "full"}]
+    monkeypatch.setattr(compare, "find_place", lambda out, common: dataclasses.replace(fake_place, common=common))
+    for module in (compare, rates):
+        monkeypatch.setattr(module, "train_missing", train_missing)
+    words = ["--data", "my.csv", "--weights", "w", "--out", str(fake_place.out)]
+    assert compare.main(compare.parse(words)) == 0
+    said, readme = capsys.readouterr().out, (fake_place.out / "README.md").read_text()
+    assert max(map(len, said.splitlines())) <= 100 and "on my.csv" in said and "not searched" in said.split("\n\n")[0]
+    assert "**not searched**" in readme.split("\n\n")[2] and "Data: my.csv;" in readme and "movie reviews, not" in readme
+    command, = re.findall(r"`(python compare.py --search [^`]+)`", readme)
+    assert compare.main(compare.parse(shlex.split(command)[2:])) == 0
+    said, readme = capsys.readouterr().out, (fake_place.out / "README.md").read_text()
+    assert "not searched" not in said + readme and "by a search on this data" in readme
+    found = read_json(fake_place.out / "comparison.json")["rates"]
+    assert found == {"head": 2e-3, "adapter": 1e-3, "lora": 2e-3, "full": 1.6e-3}
 
 
 def test_a_readme_that_compare_did_not_write_is_never_replaced(tmp_path, capsys):
@@ -3595,26 +3621,24 @@ def test_a_readme_that_compare_did_not_write_is_never_replaced(tmp_path, capsys)
     assert f"{readme} was not written by compare.py" in capsys.readouterr().err
 
 
-def test_quick_says_nothing_about_the_order_of_the_techniques(fake_place, monkeypatch, capsys):
+def test_quick_says_nothing_about_the_order_of_the_techniques(fake_place, monkeypatch, capsys, without_pictures):
     def train_missing(missing, jobs):
         for index, run in enumerate(missing):
             fake_record(run, 1 + index)
 
-    monkeypatch.setattr(compare, "find_place", lambda out, common: stats.replace(fake_place, common=common))
+    monkeypatch.setattr(compare, "find_place", lambda out, common: dataclasses.replace(fake_place, common=common))
     monkeypatch.setattr(compare, "train_missing", train_missing)
     assert compare.main(compare.parse(["--quick", "--out", str(fake_place.out)])) == 0
-    said = capsys.readouterr().out
-    assert "| head tuning | 1 |" in said and "too short to rank" in said
-    assert not re.search("better|worse|points|equivalent|verdict|gain|claim", said)
-    assert (fake_place.out / "techniques-curves.png").is_file()
-    assert not (fake_place.out / "techniques-differences.png").exists()
+    for said in (capsys.readouterr().out, (fake_place.out / "studies/techniques.md").read_text()):
+        assert "head tuning" in said and "too short to rank" in said
+        assert not re.search("better|worse|points|equivalent|verdict|gain|claim", said)
 
 
 @pytest.mark.parametrize("line, part", [
     ("--folds 11", "--folds"), ("--test b", "needs --data"), ("--study data --limit 9", "--limit is set"),
     ("--rank 4", "--rank"), ("--quick --epochs 2", "--epochs is set"), ("--jobs 0", "--jobs"),
     ("--rates prompt", "prompt"), ("--quick --report", "--report"), ("--report --data a", "by the records"),
-    ("--rates --folds 2", "--folds"), ("--study nothing", "nothing")])
+    ("--rates --folds 2", "--folds"), ("--study nothing", "nothing"), ("--search --quick", "--search")])
 def test_options_that_do_not_go_together_are_refused_in_one_line(line, part, capsys):
     with pytest.raises(SystemExit) as stop:
         compare.parse(line.split())
@@ -3958,79 +3982,96 @@ def test_the_parity_in_the_readme_is_that_of_the_result_file():
         assert f"| {losses:.1e} | {tensors:.1e} |" in README
 
 
-SHOWN = {"share": ("trained", ".2%"), "train_accuracy": ("train accuracy", ".1%"), "train_loss": ("train loss", ".3f"),
-         "accuracy": ("test accuracy (%)", ".2f"), "loss": ("test loss", ".3f"),
-         "train_seconds": ("training (s)", ",.0f")}
+def signed(number, digits=2):
+    return f"{number:+.{digits}f}"
 
 
-def test_the_results_in_the_readme_are_those_of_the_records():
-    place = compare.read_place(ROOT / "results")
-    result = compare.collect(place, "techniques", range(10))
-    rows = [compare.cells(name, found.values(), SHOWN) for name, found in result.outcomes.items()]
-    shown = between(README, "results")
-    assert "\n".join(compare.table(["", "runs", *(heading for heading, _ in SHOWN.values())], rows)) in shown
-    for contrast in result.study.contrasts:
-        found = compare.measure(result, contrast).accuracy
-        assert f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]".replace("-", "−") in shown, contrast
-    seconds = {name: compare.mean_std(found.values(), "train_seconds")[0] for name, found in result.outcomes.items()}
-    lora, adapter = (round(100 * seconds[name] / seconds["full"]) for name in ("lora", "adapter"))
-    assert f"need {lora}% and {adapter}% of its training time" in shown
-    memory = {name: compare.mean_std(found.values(), "peak_memory_mb")[0] for name, found in result.outcomes.items()}
-    assert f"only {1 - memory['lora'] / memory['full']:.0%} below that of full fine-tuning" in README
-    assert f"each of {sum(run.scores.shape[1] for run in result.outcomes['full'].values()):,} sentences" in shown
-    doubling = compare.collect(place, "doubling", range(10))
-    adapter, lora = (compare.measure(doubling, Contrast(f"{name}, rate 0.002", "full fine-tuning, rate 2.5e-05"))
-                     for name in ("adapters", "LoRA"))
-    assert (f"(at the most accurate rates on dev: {lora.accuracy.mean:+.2f} and {adapter.accuracy.mean:+.2f})"
-            ).replace("-", "−") in shown
-    for study in ("rank", "targets", "bottleneck", "init", "layers", "data", "light"):
-        result = compare.collect(place, study, range(10))
-        found = [compare.measure(result, contrast) for contrast in result.study.contrasts
-                 if contrast.expected or study == "init"]
-        differences = "; ".join(f"{one.accuracy.mean:+.2f}".replace("-", "−") for one in found)
-        verdicts = [compare.verdict_on_claim(one) if one.contrast.expected else
-                    one.accuracy.verdict if one.accuracy.verdict != stats.INCONCLUSIVE else
-                    f"{one.loss.verdict} in calibrated loss only" for one in found]
-        if len(set(verdicts)) == 1:
-            verdicts = verdicts[:1]
-        assert f"| {len(result.folds)} | {differences} | {'; '.join(verdicts)} |" in shown, study
-    result = compare.collect(place, "techniques-loss", range(10))
-    _, adapter, lora, pair = (compare.measure(result, contrast) for contrast in result.study.contrasts)
-    assert (f"adapters ({adapter.accuracy.mean:+.2f}) are equivalent to full fine-tuning and to LoRA; LoRA "
-            f"({lora.accuracy.mean:+.2f}) is better than full fine-tuning in calibrated loss") in shown
-    assert "equivalent" in adapter.accuracy.verdict and "equivalent" in pair.accuracy.verdict
-    assert (lora.accuracy.verdict, lora.loss.verdict, len(result.folds)) == (stats.INCONCLUSIVE, "better", 10)
-    best = [line.rpartition(" at ")[2] for line in compare.find_best(compare.collect(place, "alpha", [0]))]
-    assert best == ["0.00025", "0.00025", "0.00025", "0.001", "0.00025", "6.25e-05"]
-    assert ("2.5e-4 then has the lowest dev loss for ranks 1, 8 and 64; with alpha = 2 rank, it is 1e-3, 2.5e-4 and "
-            "6.25e-5 ([one fold](results/alpha-loss.png)") in README
-    imdb = compare.collect(compare.read_place(ROOT / "results/imdb"), "techniques", [0])
-    found = {name: found[0].numbers["accuracy"] for name, found in imdb.outcomes.items()}
-    assert ("head tuning {head:.2f}%, adapters {adapter:.2f}%, LoRA {lora:.2f}%, full fine-tuning {full:.2f}%. The "
-            "last three are equivalent within 1 point.".format(**found)) in shown
-    assert ["equivalent" in compare.measure(imdb, contrast).accuracy.verdict for contrast in imdb.study.contrasts] == [
-        False, True, True, True]
-    limits = " ".join((ROOT / "results/limits.md").read_text().split())
-    main, by_loss = (compare.collect(place, name, range(10)).outcomes for name in ("techniques", "techniques-loss"))
-    full, adapter = (compare.mean_std(main[name].values(), "accuracy")[0]
-                     - compare.mean_std(by_loss[name].values(), "accuracy")[0] for name in ("full", "adapter"))
-    assert f"where full fine-tuning loses {full:.1f} points and adapters {adapter:.1f}." in limits
-    theirs = [float(number) for number in re.findall(r"([\d.]+)% \(", limits.partition("earlier implementation")[2])]
-    below = [f"{other - found[name]:.2f}" for other, name in zip(theirs, ("head", "adapter", "lora"), strict=True)]
-    assert "Ours are {}, {} and {} points below".format(*below) in limits
-    analysed = read_json(ROOT / "results/analysis.json")
-    found = analysed["layers"]
-    halves = found["differences"]["lower half instead of upper half"]
-    word = analysis.as_verdict(halves["verdict"])
-    assert f"| {found['runs']} | {halves['mean']:+.1f} | {word} |".replace("-", "−") in shown
-    ranks = list(zip(*analysis.ranks_by_block(analysed["spectrum"]["full"]).values()))
-    top, bottom = (f"{min(block):.0f} to {max(block):.0f}" for block in (ranks[-1], ranks[0]))
-    assert f"{top} of 384 singular values hold 90%" in README and f"{bottom} in the lowest" in README
-    times = analysed["latency"]["times"]["1"]
-    unmerged, adapters = (100 * np.mean(np.divide(times[name], times["base"]) - 1)
-                          for name in ("unmerged LoRA", "adapters"))
-    assert f"{adapters:.0f}% to its time at batch 1" in README
-    assert f"{unmerged:.0f}% more time at batch 1" in README
+def answer_figures(found):
+    """What results/answer.md says, from the records."""
+    def span(contrast, measure="accuracy"):
+        means = [getattr(cell, measure)["corrected"].mean for (one, _), cell in found.cells.items()
+                 if (one.a, one.b) == contrast and cell]
+        return min(means), max(means)
+
+    def words(contrast):
+        return {word for (one, _), cell in found.cells.items() if (one.a, one.b) == contrast and cell
+                for word in cell.verdicts.values()}
+
+    head, adapter, lora = (span((name, "full")) for name in ("head", "adapter", "lora"))
+    assert words(("head", "full")) == {"worse"}
+    accuracy = {one.verdict for (contrast, _), cell in found.cells.items() if cell and contrast.b == "full"
+                and contrast.a in ("adapter", "lora") for one in cell.accuracy.values()}
+    assert accuracy == {"inconclusive", "equivalent within 1 point"}
+    equivalent = {rule for (one, rule), cell in found.cells.items() if one.a == "adapter" and cell
+                  for word in cell.verdicts.values() if word.startswith("equivalent")}
+    assert equivalent == {"loss"}
+    assert words(("lora", "adapter")) == {"inconclusive", "equivalent within 1 point"}
+    assert words(("bitfit", "full")) == {"inconclusive", "worse"}
+    main = found.results["calibrated"].findings[2].accuracy["corrected"]
+    loss, bitfit = span(("lora", "full"), "loss"), span(("bitfit", "full"))
+    init = found.results["init"].findings[1].accuracy["corrected"].mean
+    targets = [one.accuracy["corrected"].mean for one in found.results["targets"].findings[:2]]
+    top = [found.results["layers"].findings[0], found.results["light"].findings[3]]
+    for name, index in (("init", 1), ("targets", 0), ("targets", 1), ("layers", 0), ("light", 3)):
+        assert len(set(found.results[name].findings[index].verdicts.values())) == 1
+    return [f"{-head[1]:.1f} to {-head[0]:.1f} points below", f"{-min(adapter + lora):.1f} points below to "
+            f"{max(adapter + lora):.1f} points above", f"[{main.low:+.1f}, {main.high:+.1f}] points",
+            f"half-width of {main.inner_high - main.mean:.1f}", f"by {-loss[1]:.3f} to {-loss[0]:.3f} nats",
+            f"BitFit is {-bitfit[0]:.1f} points", f"({init:.0f} points)", f"({min(targets):.1f} to {max(targets):.1f} points)",
+            "({:.1f} to {:.1f} points)".format(*(abs(one.accuracy["corrected"].mean) for one in top))]
+
+
+def limits_figures(found):
+    """What results/limits.md says, from the records."""
+    def scores(technique, rate):
+        variant, place = Variant(technique, technique, {"lr": rate}), found.places[""]
+        return {fold: runs.evaluate(runs.make_run(place, variant, fold).record, "test") for fold in range(10)}
+
+    def pair(one, other, measure, **rule):
+        return stats.compare([getattr(one[fold], measure) - getattr(other[fold], measure) for fold in one], **rule)
+
+    slow, full = scores("full", 1.25e-5), scores("full", 2.5e-5)
+    adapter, lora = scores("adapter", 5e-4), scores("lora", 2.5e-4)
+    points, nats = pair(slow, full, "accuracy"), pair(slow, full, "loss")
+    first, second = pair(adapter, full, "accuracy"), pair(lora, full, "loss", comparisons=4)
+    costs = [-pair(one, other, "accuracy").mean for one, other in (
+        (slow, full), (lora, scores("lora", 5e-4)), (adapter, scores("adapter", 1e-3)))]
+    bracket = [f"[{low:+.2f}, {high:+.2f}]" for low, high in (
+        (one.inner_low, one.inner_high) for one in (
+            pair(found.results["rank"].outcomes["LoRA, rank 64"], found.results["rank"].outcomes["LoRA, rank 8"],
+                 "accuracy", comparisons=2),
+            pair(adapter, slow, "accuracy", comparisons=4), pair(lora, adapter, "accuracy", comparisons=4)))]
+    shares = {name: rates.bootstrap(rates.average(rates.find(found.places[SEARCHES[name].folder], name)))
+              for name in ("lora", "adapter")}
+    half = pair(scores("lora", 5e-4), full, "accuracy")
+    sizes = {name: sum(map(len, rates.find(found.places[SEARCHES[name].folder], name).values()))
+             for name in options.TECHNIQUES}
+    changes = [one.accuracy["corrected"].mean for name in ("dropout", "epochs") for one in found.results[name].findings]
+    assert all(one.verdicts["corrected"] == "inconclusive" for name in ("dropout", "epochs")
+               for one in found.results[name].findings)
+    imdb = {name: found.results["imdb"].runs(name)[0].numbers for name in found.results["imdb"].outcomes}
+    ahead = sorted(100 * (imdb["full"]["dev_accuracy"] - imdb[name]["dev_accuracy"]) for name in ("lora", "adapter"))
+    below = [theirs - imdb[name]["accuracy"] for theirs, name in ((87.96, "head"), (92.24, "adapter"), (91.60, "lora"))]
+    return [f"chosen in {shares['lora']['calibrated'][5e-4]:.0%} of the draws",
+            f"the doubling rule in {shares['adapter']['doubling'][1e-3]:.0%}",
+            f"{signed(points.mean)} points [{points.low:+.2f}, {points.high:+.2f}]",
+            f"{signed(nats.mean, 4)} nats of calibrated loss [{nats.low:+.4f}, {nats.high:+.4f}]",
+            "full fine-tuning {:.1f} points, LoRA {:.1f} and adapters {:.1f}".format(*costs),
+            f"{signed(first.mean)} points [{first.inner_low:+.2f}, {first.inner_high:+.2f}] at 90%",
+            f"{signed(second.mean, 4)} nats [{second.low:+.4f}, {second.high:+.4f}] at 98.75%",
+            f"8 {bracket[0]}", f"full fine-tuning {bracket[1]}", f"adapters {bracket[2]}",
+            f"a half-width of {half.inner_high - half.mean:.3f}",
+            "{bitfit} runs for BitFit, {full} for full fine-tuning, {lora} for LoRA and head tuning, {adapter} for adapters"
+            .format(**sizes),
+            "{:+.2f} points (full fine-tuning) and {:+.2f} (LoRA)".format(*changes[:2]),
+            "{:+.2f} (head tuning) and {:+.2f} (BitFit)".format(*changes[2:]),
+            "ahead by {:.1f} to {:.1f} points".format(*ahead), "are {:.2f}, {:.2f} and {:.2f} points below".format(*below)]
+
+
+@pytest.mark.parametrize("name, figures_of", [("results/answer.md", answer_figures), ("results/limits.md", limits_figures)])
+def test_published_figures_are_those_of_the_records(name, figures_of, published):
+    text = " ".join((ROOT / name).read_text().split())
+    assert [words for words in figures_of(published) if words not in text] == []
 
 
 def test_what_is_said_about_the_accuracy_of_bf16_is_true_of_the_records():
@@ -4213,20 +4254,17 @@ def test_a_technique_is_one_file_one_row_and_one_entry(make_settings, tmp_path, 
     model, _, _ = checkpoint.open_run(tmp_path / "ia3")
     assert all(not torch.equal(layer.attention.value.scale, torch.ones(32)) for layer in model.encoder.layers)
 
-    variants = [studies.Variant(name, name, {"lr": 1e-2}) for name in ("ia3", "lora")]
-    contrast = studies.Contrast("ia3", "lora", "equivalent")
-    study = studies.Study("IA3 matches LoRA", "README", "parameters", variants, [contrast])
-    monkeypatch.setitem(compare.STUDIES, "ia3", study)
-    common = {name: getattr(settings, name) for name in compare.common_defaults()}
-    place = compare.Place(tmp_path / "comparison", common, record["weights_sha256"], record["data_sha256"])
+    variants = [Variant(name, name, {"lr": 1e-2}) for name in ("ia3", "lora")]
+    monkeypatch.setitem(STUDIES, "ia3", Study("IA3 or LoRA?", "README", variants, [Contrast("ia3", "lora")]))
+    common = {name: getattr(settings, name) for name in options.common_defaults()}
+    place = runs.Place(tmp_path / "comparison", common, record["weights_sha256"], record["data_sha256"])
     for variant in variants:
-        run = compare.make_run(place, variant, 0)
-        write_json(run.record, train.run(run.settings))
-    result = compare.collect(place, "ia3", range(1))
-    finding = compare.measure(result, contrast)
-    assert compare.describe(finding).startswith("IA3 - LoRA: ")
-    table = "\n".join(compare.show(result, [finding], place)[0])
-    assert "| IA3 | 1 | 0.01 |" in table and "| LoRA | 1 | 0.01 |" in table
+        run = runs.make_run(place, variant, 0)
+        write_json(run.path, train.run(run.settings))
+        place.add(run.path)
+    result = result_of(place, "ia3")
+    assert result.findings[0].name == "IA3 - LoRA" and result.findings[0].accuracy
+    assert [row[:3] for row in report.quality_rows(result)[1:]] == [["IA3", 1, "0.01"], ["LoRA", 1, "0.01"]]
 
 
 SOLUTIONS = ("""

@@ -3,7 +3,7 @@
 A series is {name: [Point, ...]}. The name of a technique is replaced by its label, and it has the same colour and
 marker in all figures; any other name is its own label. Accuracies are in per cent, but fractions in histories.
 """
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from itertools import pairwise
 from textwrap import fill
 
@@ -18,7 +18,7 @@ from ..tools.settings import TECHNIQUES
 # The colours of Okabe and Ito and of Tol, which colour-blind readers can tell apart.
 LOOKS = [("#009e73", "s"), ("#0072b2", "o"), ("#d55e00", "D"), ("#e69f00", "v"), ("#000000", "^"), ("#cc79a7", "P"),
          ("#56b4e9", "X"), ("#882255", "<"), ("#999933", ">"), ("#332288", "p"), ("#7f7f7f", "*"), ("#aa4499", "h")]
-TRAIN, DEV, INK = "#56b4e9", "#332288", "#444444"
+TRAIN, DEV, INK, BAND = "#56b4e9", "#332288", "#444444", "#dbe9f6"
 MEASURES = (("loss", 1, "loss (nats)"), ("accuracy", 100, "accuracy (%)"))  # key in a history, scale, axis label
 STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False,
          "axes.grid": True, "axes.axisbelow": True, "axes.ymargin": 0.1, "grid.color": "#e2e2e2",
@@ -28,7 +28,7 @@ STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.spines.top": False, "axes.
 
 @dataclass
 class Point:
-    """A point of a series; low and high are the ends of its error bar, or None for no bar."""
+    """A point of a series; low and high are the ends of its error bar or band, or None for neither."""
     x: float | str
     y: float
     low: float | None = None
@@ -36,12 +36,32 @@ class Point:
 
 
 @dataclass
-class Cost:
-    """What training one technique costs: means over runs, and standard deviations if there are several runs."""
-    seconds: float
-    megabytes: float
-    seconds_std: float | None = None
-    megabytes_std: float | None = None
+class Panel:
+    """One pair of axes with a measure against a setting. x: numbers, on a log axis if `log`, or strings (categories).
+    low, high: the part that is shown (None: all); a triangle marks a point beyond it. ringed: points to mark, {name: x}.
+    band: fill between low and high instead of bars. The axis ends where the measure does: accuracy at 0 and 100%."""
+    series: dict
+    x_label: str
+    y_label: str
+    title: str = ""
+    log: bool = True
+    band: bool = False
+    low: float | None = None
+    high: float | None = None
+    ringed: dict = field(default_factory=dict)
+
+
+@dataclass
+class Row:
+    """One paired difference with its interval and the shorter one, as a row of a figure; text stands beside it."""
+    name: str
+    mean: float
+    low: float
+    high: float
+    inner_low: float
+    inner_high: float
+    text: str = ""
+    colour: str = INK
 
 
 @dataclass
@@ -70,15 +90,6 @@ def look(name, names=()):
     return label, *LOOKS[index % len(LOOKS)]
 
 
-def draw(axis, series, line="-"):
-    """Draw series with their error bars."""
-    for name, points in series.items():
-        label, colour, marker = look(name, series)
-        x, y, low, high = np.array([astuple(point) for point in points], dtype=float).T
-        axis.plot(x, y, linestyle=line, color=colour, marker=marker, label=label)
-        axis.errorbar(x, (low + high) / 2, (high - low) / 2, fmt="none", color=colour, capsize=3)
-
-
 def finish(figure, path, note="", columns=5):
     """Add one legend above all axes, in one row of at most `columns` entries or else in rows of three, and a note
     below; save."""
@@ -91,7 +102,7 @@ def finish(figure, path, note="", columns=5):
         figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=ncols)
     figure.supxlabel(note, size=10, parse_math=False)  # a path may hold dollar signs
     with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+        figure.savefig(temporary, dpi=130, format="png")
     return figure
 
 
@@ -102,64 +113,159 @@ def horizontal(axis, names):
     axis.tick_params(axis="y", length=0)
 
 
-def traces(axis, rows, key, scale=1, **style):
-    """Draw the mean over runs of one column of their histories; a band from the smallest to the largest."""
+# -- series against a setting -----------------------------------------------------------------------------
+
+def scale_of_best(series, better, least):
+    """Return (low, high) that shows the best point of each series, with more room on the worse side.
+
+    better: max or min; least: the room is at least this share of the best value.
+    """
+    best = [better(point.y for point in points) for points in series.values()]
+    room = max(max(best) - min(best), least * max(best))
+    below, above = (0.5, 0.15) if better is max else (0.15, 0.5)
+    return min(best) - below * room, max(best) + above * room
+
+
+def draw_panel(axis, panel):
+    """Draw the series of a panel with their error bars or bands, and set the scales."""
+    xs = list(dict.fromkeys(point.x for points in panel.series.values() for point in points))
+    categories = isinstance(xs[0], str)
+    axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+    if panel.low is not None:
+        axis.set_ylim(panel.low, panel.high)
+    for name, points in panel.series.items():
+        label, colour, marker = look(name, panel.series)
+        table = [(xs.index(point.x) if categories else point.x, *astuple(point)[1:]) for point in points]
+        x, y, low, high = np.array(table, dtype=float).T
+        axis.plot(x, y, "" if categories else "-", color=colour, marker=marker, label=label)
+        if panel.band:
+            axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        else:
+            axis.errorbar(x, (low + high) / 2, (high - low) / 2, fmt="none", color=colour, capsize=3)
+        for point in points:
+            shown = np.clip(point.y, panel.low, panel.high) if panel.low is not None else point.y
+            if point.x == panel.ringed.get(name):
+                axis.plot(point.x, shown, "o", markersize=17, markerfacecolor="none", markeredgewidth=2, color=colour,
+                          clip_on=False)
+            if shown != point.y:
+                axis.plot(point.x, shown, "v" if point.y < shown else "^", color=colour, clip_on=False)
+    low, high = axis.get_ylim()
+    axis.set_ylim(max(low, 0), min(high, 100) if "%" in panel.y_label else high)
+    if categories:
+        width = max(9, 80 // len(xs))  # in letters
+        axis.set_xticks(range(len(xs)), [fill(x, width) for x in xs])
+        axis.set_xlim(-0.5, len(xs) - 0.5)
+    elif panel.log:
+        axis.set_xscale("log")
+        axis.margins(x=0.08)
+        if len(xs) <= 5 and all(larger > 1.2 * x for x, larger in pairwise(sorted(xs))):
+            axis.set_xticks(xs, [f"{x:,g}" if x < 1e5 else f"{x / 1e6:.3g} M" for x in xs])
+            axis.xaxis.set_minor_locator(NullLocator())
+    else:
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+
+
+@rc_context(STYLE)
+def series(panels, note, path, size=None, sharey=True):
+    """Several panels: [[Panel, ...], ...], a list for each row of the figure. sharey: a row has one scale."""
+    figure, axes = figure_in_style(len(panels), len(panels[0]), size or (9, 1.2 + 3.6 * len(panels)), sharex="col",
+                                   sharey="row" if sharey else False)
+    for row, line in zip(axes, panels):
+        for axis, panel in zip(row, line):
+            draw_panel(axis, panel)
+            if sharey:
+                axis.label_outer()
+    return finish(figure, path, note, 4)
+
+
+def over_epochs(rows, name, scale):
+    """The mean over runs of one column of their histories, as points: their low and high are the smallest and largest."""
     epochs = {}
     for row in rows:
-        epochs.setdefault(row["epoch"], []).append(scale * row[key])
-    values = epochs.values()
-    axis.plot(list(epochs), [np.mean(v) for v in values], **style)
-    axis.fill_between(list(epochs), [min(v) for v in values], [max(v) for v in values], color=style["color"],
-                      alpha=0.15, linewidth=0)
-    axis.set_xlabel("epoch")
-    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        epochs.setdefault(row["epoch"], []).append(scale * row[name])
+    return [Point(epoch, np.mean(values), min(values), max(values)) for epoch, values in epochs.items()]
 
 
-# -- figures ----------------------------------------------------------------------------------------------
-
-@rc_context(STYLE)
 def curves(history, title, path):
     """One run: loss and accuracy after each epoch, train against dev. history: as in the record; title: below."""
-    figure, [axes] = figure_in_style(1, 2, (9, 3.8))
-    for axis, (key, scale, label) in zip(axes, MEASURES):
-        traces(axis, history, f"train_{key}", scale, color=TRAIN, marker="o", label="train")
-        traces(axis, history, f"dev_{key}", scale, color=DEV, marker="s", label="dev")
-        axis.set_ylabel(label)
-    return finish(figure, path, title)
+    panels = [Panel({part: over_epochs(history, f"{part}_{name}", scale) for part in ("train", "dev")}, "epoch", label,
+                    log=False, band=True) for name, scale, label in MEASURES]
+    return series([panels], title, path, (9, 3.8), sharey=False)
 
 
-@rc_context(STYLE)
-def learning_curves(histories, path):
+def learning_curves(histories, note, path):
     """Loss and accuracy after each epoch for several techniques. histories: {name: [history of a run, ...]}."""
-    figure, axes = figure_in_style(2, 2, (9, 6.5), sharex=True, sharey="row")
-    for row, (key, scale, label) in zip(axes, MEASURES):
-        for axis, split in zip(row, ("train", "dev")):
-            for name, runs in histories.items():
-                title, colour, marker = look(name, histories)
-                traces(axis, sum(runs, []), f"{split}_{key}", scale, color=colour, marker=marker, label=title)
-            axis.label_outer()
-        row[0].set_ylabel(label)
-    axes[0, 0].set_title("train")
-    axes[0, 1].set_title("dev")
-    return finish(figure, path, "line: mean over runs; band: smallest to largest")
+    panels = [[Panel({name: over_epochs(sum(runs, []), f"{part}_{measure}", scale) for name, runs in histories.items()},
+                     "epoch", label, part if measure == "loss" else "", log=False, band=True)
+               for part in ("train", "dev")] for measure, scale, label in MEASURES]
+    return series(panels, note, path, (9, 6.5))
+
+
+# -- differences ------------------------------------------------------------------------------------------
+
+def draw_row(axis, row, place, low, high):
+    """Draw a difference with both of its intervals at a height; an arrow points to what lies beyond low or high."""
+    for ends, width in (((row.low, row.high), 1.3), ((row.inner_low, row.inner_high), 4.5)):
+        axis.plot(np.clip(ends, low, high), (place, place), color=row.colour, linewidth=width, solid_capstyle="butt",
+                  alpha=0.9 if width < 2 else 0.5)
+    if low <= row.mean <= high:
+        axis.plot(row.mean, place, "o", color=row.colour, markersize=6)
+    for end, beyond, marker in ((low, row.low < low, "<"), (high, row.high > high, ">")):
+        if beyond:
+            axis.plot(end, place, marker, color=row.colour, markersize=6, clip_on=False)
+
+
+def difference_axis(axis, names):
+    """Set up an axis for paired differences: the band of equivalence, zero, and a name for each row."""
+    axis.axvspan(-1, 1, color=BAND, zorder=0)
+    axis.axvline(0, color=INK, linewidth=1)
+    axis.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
+    axis.grid(visible=False, axis="y")
+    axis.tick_params(axis="y", length=0, labelsize=10)
+    axis.locator_params(axis="x", nbins=7)
 
 
 @rc_context(STYLE)
-def costs(rows, machine, path):
-    """Training time and peak memory. rows: {name: Cost}; machine: the processor and precision they were measured on."""
-    figure, [axes] = figure_in_style(1, 2, (9, 1.6 + 0.5 * len(rows)), sharey=True)
-    colours = [look(name, rows)[1] for name in rows]
-    for axis, key, label in zip(axes, ("seconds", "megabytes"), ("training time (s)", "peak memory (MB)")):
-        values = [getattr(cost, key) for cost in rows.values()]
-        stds = [getattr(cost, f"{key}_std") or 0 for cost in rows.values()]
-        bars = axis.barh(range(len(rows)), values, 0.6, xerr=stds, color=colours, ecolor="#999999")
-        axis.bar_label(bars, fmt="{:,.0f}", padding=5)
-        axis.set(xlabel=label, xlim=(0, 1.2 * np.nanmax([*np.add(values, stds), 1e-9])))
-        axis.locator_params(axis="x", nbins=5)
-        axis.xaxis.set_major_formatter("{x:,.0f}")
-        horizontal(axis, rows)
-    return finish(figure, path, f"{machine}; bars: standard deviation over runs")
+def forest(groups, x_label, note, path, limits=(-100, 100)):
+    """Paired differences in points, below each other. groups: {heading: [Row, ...]}; limits: the part that is shown."""
+    lines = [line for heading, rows in groups.items() for line in ([heading] if heading else []) + rows]
+    rows = [line for line in lines if isinstance(line, Row)]
+    figure, [[axis]] = figure_in_style(size=(9.5, 1.5 + (0.3 if len(groups) > 1 else 0.45) * len(lines)))
+    difference_axis(axis, [line.name if isinstance(line, Row) else line for line in lines])
+    low, high = max(limits[0], min(row.low for row in rows)), min(limits[1], max(row.high for row in rows))
+    for place, line in enumerate(lines):
+        if isinstance(line, Row):
+            draw_row(axis, line, place, low, high)
+            axis.annotate(line.text.replace("-", "−"), (1.02, place), xycoords=axis.get_yaxis_transform(), va="center",
+                          size=9.5)
+        else:
+            axis.get_yticklabels()[place].set_weight("bold")
+    low, high = min(low, -1.1), max(high, 1.1)
+    axis.set(xlabel=x_label, xlim=(low - 0.04 * (high - low), high + 0.04 * (high - low)))
+    return finish(figure, path, note)
 
+
+@rc_context(STYLE)
+def sensitivity(panels, kinds, note, path):
+    """How differences change with our choices. panels: {title: {rule: [Row for each kind of interval]}}; [] for a rule
+    without runs. kinds: {label: colour}. Panels far from zero have a scale of their own."""
+    figure, [axes] = figure_in_style(1, len(panels), (11, 4.4), sharey=True)
+    for axis, (title, rules) in zip(axes, panels.items()):
+        difference_axis(axis, list(rules))
+        for place, rows in enumerate(rules.values()):
+            if not rows:
+                axis.text(0.5, place, "not run", transform=axis.get_yaxis_transform(), ha="center", va="center",
+                          color="#888888", style="italic")
+            for step, (row, colour) in enumerate(zip(rows, kinds.values())):
+                draw_row(axis, replace(row, colour=colour), place + 0.22 * (step - 1), -np.inf, np.inf)
+        lowest = min((row.low for rows in rules.values() for row in rows), default=0)
+        axis.set(title=title, xlim=(-2.6, 2.6) if lowest > -2.6 else None)
+    for kind, colour in kinds.items():
+        axes[0].plot([], [], "o-", color=colour, label=kind)
+    return finish(figure, path, note)
+
+
+# -- one kind of number each ------------------------------------------------------------------------------
 
 @rc_context(STYLE)
 def memory(rows, note, path):
@@ -177,99 +283,6 @@ def memory(rows, note, path):
     axis.xaxis.set_major_formatter("{x:,.0f}")
     horizontal(axis, rows)
     return finish(figure, path, note)
-
-
-def scale_of_best(series, better, least):
-    """Return (low, high) that shows the best point of each series, with more room on the worse side.
-
-    better: max or min; least: the room is at least this share of the best value.
-    """
-    best = [better(point.y for point in points) for points in series.values()]
-    room = max(max(best) - min(best), least * max(best))
-    below, above = (0.5, 0.15) if better is max else (0.15, 0.5)
-    return min(best) - below * room, max(best) + above * room
-
-
-@rc_context(STYLE)
-def rates(accuracy, loss, chosen_by_accuracy, chosen_by_loss, path):
-    """Dev accuracy and dev loss against the learning rate. accuracy, loss: series; chosen: {name: rate}, ringed.
-
-    The scale is that of the best rates; a triangle at the edge marks a rate whose value lies beyond it.
-    """
-    figure, axes = figure_in_style(2, 1, (9, 8), sharex=True)
-    panels = ((accuracy, chosen_by_accuracy, "dev accuracy (%)", scale_of_best(accuracy, max, 0.05)),
-              (loss, chosen_by_loss, "dev loss (nats)", scale_of_best(loss, min, 0.2)))
-    for axis, (series, chosen, label, (low, high)) in zip(axes[:, 0], panels):
-        draw(axis, series)
-        axis.set(xscale="log", ylabel=label, ylim=(low, high))
-        for name, points in series.items():
-            style = dict(color=look(name, series)[1], clip_on=False)
-            for point in points:
-                y = np.clip(point.y, low, high)
-                if point.x == chosen.get(name):
-                    axis.plot(point.x, y, "o", markersize=17, markerfacecolor="none", markeredgewidth=2, **style)
-                if y != point.y:
-                    axis.plot(point.x, y, "v" if point.y < low else "^", **style)
-    axis.set_xlabel("learning rate")
-    return finish(figure, path, "ring: chosen (above by accuracy, below by loss); triangle at the edge: off the scale")
-
-
-@rc_context(STYLE)
-def differences(rows, part, path):
-    """Paired differences with intervals and verdicts. rows: {label: stats.Comparison}, all of one study; part: "test"
-    or "dev"."""
-    figure, [[axis]] = figure_in_style(size=(9, 1.8 + 0.6 * len(rows)))
-    axis.axvspan(-1, 1, color="#dbe9f6", label="equivalence band ±1", zorder=0)
-    axis.axvline(0, color=INK, linewidth=1)
-    for index, row in enumerate(rows.values()):
-        labels = (f"{100 * row.level:.4g}% interval", "90% interval") if index == 0 else (None, None)
-        axis.plot((row.low, row.high), (index, index), color=INK, linewidth=1.5, label=labels[0])
-        axis.plot((row.low90, row.high90), (index, index), color=INK, linewidth=5, solid_capstyle="butt", alpha=0.5,
-                  label=labels[1])
-        axis.plot(row.mean, index, "o", color=INK, markersize=8)
-        text = f"{row.mean:+.2f} [{row.low:+.2f}, {row.high:+.2f}]".replace("-", "−") + f"\n{row.in_words}"
-        if row.runs == 1:
-            text += ", one run"
-        axis.annotate(text, (1.02, index), xycoords=axis.get_yaxis_transform(), va="center", size=10)
-    horizontal(axis, rows)
-    axis.set_xlabel(f"difference in {part} accuracy (points)")
-    axis.locator_params(axis="x", nbins=6)
-    return finish(figure, path)
-
-
-@rc_context(STYLE)
-def study(x_label, panels, y_label, path, note="", references=None):
-    """A measure against one setting. panels: {title: series}, side by side on one y axis; "" for a single panel.
-
-    x: numbers (log axis), or strings (categories in their order). note: stands below. references: {name of a technique:
-    value}, dashed lines; one that is far off the scale is in the legend alone.
-    """
-    figure, [axes] = figure_in_style(1, len(panels), (9, 5.2), sharey=True)
-    for axis, (title, series) in zip(axes, panels.items()):
-        xs = list(dict.fromkeys(point.x for points in series.values() for point in points))
-        axis.set(title=title, xlabel=x_label)
-        if isinstance(xs[0], str):
-            draw(axis, {name: [replace(point, x=xs.index(point.x)) for point in points]
-                        for name, points in series.items()}, "none")
-            width = max(9, 80 // len(xs) // len(panels))  # in letters
-            axis.set_xticks(range(len(xs)), ["\n".join(fill(line, width) for line in x.split("\n")) for x in xs])
-            axis.set_xlim(-0.5, len(xs) - 0.5)
-            continue
-        axis.set_xscale("log")
-        draw(axis, series)
-        axis.margins(x=0.08)
-        if all(larger > 1.2 * x for x, larger in pairwise(sorted(xs))):  # far enough apart to label each
-            axis.set_xticks(xs, [f"{x:,g}" if x < 1e5 else f"{x / 1e6:.3g} M" for x in xs])
-            axis.xaxis.set_minor_locator(NullLocator())
-    axes[0].set_ylabel(y_label)
-    low, high = axes[0].get_ylim()
-    for name, value in (references or {}).items():
-        label, colour, _ = look(name)
-        near = abs(value - (low + high) / 2) < high - low
-        for axis in axes:
-            axis.axhline(value if near else np.nan, color=colour, linestyle="--", linewidth=1.5,
-                         label=f"{label}: {value:.1f}" + ("" if near else " (off the scale)"))
-    return finish(figure, path, note, 4)
 
 
 @rc_context(STYLE)

@@ -1,63 +1,163 @@
-"""The runs of a comparison: making, loading and executing. Each is a train.py run in a process of its own."""
-import multiprocessing
+"""The runs of a comparison: naming, finding and executing them. Each is a train.py process and leaves one record."""
+import json
 import os
 import re
+import shlex
+import subprocess
 import sys
-import threading
+import time
 from argparse import Namespace
-from dataclasses import dataclass
-from multiprocessing.connection import wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
 import torch
 
-import train
-
 from ..bert import read_config
 from ..tools import checkpoint, download, texts
 from ..tools.fast import choose_compute, processor
-from ..tools.files import UserError, write_json
-from ..tools.settings import defaults
+from ..tools.files import UserError, read_json, write_json
+from ..tools.settings import command, common_defaults, defaults
 from . import stats
-from .studies import SEARCHES, STUDIES, Study
+from .studies import RULES, SEARCHES
 
+TRAIN = Path(__file__).parents[2] / "train.py"
+COMPARISON = "comparison.json"       # what --search has found, and whether the runs are a smoke test
+DIVERGED = 3                         # train.py's exit code if the loss does not stay finite
 PATHS = ("weights", "data", "test")  # compared by the hash of their content
 UNNAMED = ("technique", "lr", "fold", "seed", "text_column", "label_column", *PATHS)
+READING = ("text_column", "label_column", "encoding", "separator")  # how a data file is read
+
+
+def key(settings):
+    """What tells the runs of a place apart: all settings that decide the outcome, but no paths."""
+    return json.dumps({name: value for name, value in settings.items() if name not in PATHS}, sort_keys=True)
+
+
+@dataclass
+class Outcome:
+    """A finished run on one part: accuracy (%) and calibrated loss (nats) of each sentence; numbers for tables."""
+    record: dict
+    accuracy: np.ndarray
+    loss: np.ndarray
+    numbers: dict
+
+
+def machine(record, *more):
+    """What two runs must share to be compared; with "threads", to have their costs averaged."""
+    return tuple(record["machine"][name] for name in ("processor", "device", "precision", *more))
+
+
+def evaluate(record, part):
+    """The Outcome of a finished run on "test" or "dev"."""
+    parameters, metrics, dev, judged = (record[name] for name in ("parameters", "metrics", "dev", part))
+    logits, labels = np.array(judged["logits"]), np.array(judged["labels"])
+    right = 100.0 * (logits.argmax(1) == labels)
+    losses = stats.log_losses(logits / stats.temperature(dev["logits"], dev["labels"]), labels)
+    return Outcome(record, right, losses, {
+        **metrics, **parameters, "lr": record["settings"]["lr"], "head_lr": record["settings"].get("head_lr"),
+        "share": parameters["trainable"] / parameters["total"], "saved_mb": metrics["saved_bytes"] / 1e6,
+        "accuracy": right.mean(), "calibrated": losses.mean(), "loss": stats.log_loss(logits, labels),
+        "error": stats.expected_calibration_error(logits, labels),
+        "matthews": 100 * stats.matthews(logits.argmax(1), labels)})
 
 
 @dataclass
 class Place:
-    """Where the runs of a comparison go, and what they share: settings, and the hashes of weights and data."""
+    """A folder of runs, and what these share: settings, and the hashes of weights and data. rates: those that a search
+    on this data has found, {technique: rate}; quick: a smoke test. records: those that exist, {key: record};
+    outcomes: what they have found, as far as it was asked for."""
     out: Path
     common: dict
     weights_sha256: dict
     data_sha256: list
+    rates: dict = field(default_factory=dict)
+    quick: bool = False
+    records: dict = field(default_factory=dict)
+    outcomes: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        path = self.out / COMPARISON
+        if path.is_file():
+            found = read_json(path, ["rates", "quick"])
+            self.rates, self.quick = found["rates"], found["quick"]
+
+    def add(self, path):
+        """Read a record. UserError if it is of other weights or data."""
+        record = checkpoint.read_record(path)
+        for name in ("weights_sha256", "data_sha256"):
+            if record[name] != getattr(self, name):
+                raise UserError(f"{path} is of other {name.partition('_')[0]} than the other runs: choose another --out")
+        self.records[key(record["settings"])] = record
+        self.outcomes.clear()
+
+
+    def evaluate(self, record, part):
+        """The Outcome of a run on "test" or "dev"; None for a failed run."""
+        name = key(record["settings"]), part
+        if name not in self.outcomes:
+            self.outcomes[name] = None if "failed" in record else evaluate(record, part)
+        return self.outcomes[name]
 
 
 @dataclass
 class Run:
-    """Settings for train.py, and the name of the run's record, folder and log."""
+    """The settings of a run, and its name, which its record, folder and log have."""
     place: Place
     name: str
     settings: Namespace
 
     @property
-    def record(self):
+    def path(self):
         return self.place.out / "runs" / f"{self.name}.json"
 
     @property
     def log(self):
         return self.place.out / "logs" / f"{self.name}.txt"
 
+    @property
+    def record(self):
+        """The record, or None. UserError if it has another precision or device than was asked for."""
+        record = self.place.records.get(key(checkpoint.recorded(self.settings)))
+        for name in ("device", "precision"):
+            asked = getattr(self.settings, name)
+            if record and asked not in ("auto", record["machine"][name]):
+                raise UserError(f"{self.path} was run in {record['machine'][name]}, and --{name} is {asked}: choose "
+                                "another --out")
+        return record
+
 
 def find_place(out, common):
-    """Fetch weights and data if needed, and hash them."""
+    """The Place of a comparison. Look at the data files first, then fetch weights and data if needed, and hash them."""
+    given = [common[name] for name in ("test", "data") if common[name]]
+    for path in given:
+        for _ in texts.read_file(path, **{name: common[name] for name in READING if common.get(name)}):
+            pass
     weights = download.find_weights(common["weights"])
-    files = [common["test"]] if common["test"] else []
-    files.append(common["data"] or download.fetch_data())
-    return Place(out, common, download.hash_weights(weights), [texts.fingerprint(path) for path in files])
+    files = given or [download.fetch_data()]
+    place = Place(out, common, download.hash_weights(weights), [texts.fingerprint(path) for path in files])
+    for path in sorted(out.glob("runs/*.json")):
+        place.add(path)
+    return place
+
+
+def read_place(out):
+    """The Place of the records in `out`. Its common settings, and precision, are those that all of them share."""
+    paths = sorted(out.glob("runs/*.json"))
+    if not paths:
+        raise UserError(f"{out / 'runs'} holds no records: name the folder of a comparison with --out, or run "
+                        "python compare.py first")
+    first = checkpoint.read_record(paths[0])
+    place = Place(out, common_defaults(), first["weights_sha256"], first["data_sha256"])
+    for path in paths:
+        place.add(path)
+    records = place.records.values()
+    place.common |= {name: value for name, value in first["settings"].items() if name in PATHS or name in place.common
+                     and all(record["settings"].get(name) == value for record in records)}
+    precisions = {record["machine"]["precision"] for record in records}
+    place.common["precision"] = precisions.pop() if len(precisions) == 1 else "auto"
+    return place
 
 
 def word(value):
@@ -66,186 +166,123 @@ def word(value):
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def make_run(place, variant, repeat, rule="accuracy"):
+def rates_of(place, variant, rule):
+    """The rates of a variant by a rule: {"lr" or "head_lr": rate, or None if it is not known yet}."""
+    searches = [(name, SEARCHES[name]) for name in variant.searches or (variant.technique,) if name in SEARCHES]
+    own = place.rates if rule == "doubling" else {}  # instead of train.py's defaults
+    found = {search.option: own.get(name) or getattr(search, rule) for name, search in searches}
+    return {name: rate for name, rate in found.items() if name not in variant.options}
+
+
+def make_run(place, variant, repeat, rule="doubling"):
     """The run of a variant on fold `repeat` (with --test: with this seed). Equal settings give equal names."""
     default, fold = defaults(variant.technique), None if place.common["test"] else repeat
-    search = SEARCHES.get(variant.search or variant.technique)
-    lr = getattr(search, rule) if search else default["lr"]
-    given = default | place.common | {"lr": lr, "seed": repeat, "fold": fold, "resume": True} | variant.options
+    rates = rates_of(place, variant, rule)
+    if None in rates.values():
+        names = " ".join(variant.searches or (variant.technique,))
+        raise UserError(f"{variant.name}: no rate by the rule {RULES[rule]!r} is known yet: python compare.py --rates "
+                        f"{names} finds it, minipeft/lab/studies.py takes it")
+    given = default | place.common | rates | {"seed": repeat, "fold": fold, "resume": True} | variant.options
     words = [f"{name}-{word(value)}" for name, value in checkpoint.recorded(Namespace(**given)).items()
-             if value != default[name] and name not in UNNAMED]
+             if value != default.get(name) and name not in UNNAMED]
     words += [f"lr-{given['lr']:g}", f"seed{repeat}" if fold is None else f"fold{repeat}"]
     name = re.sub(r"[^a-zA-Z0-9.+-]+", "-", "-".join([variant.technique, *words]))
     return Run(place, name, Namespace(**given | {"out": str(place.out / "folders" / name)}))
 
 
-# -- reading ----------------------------------------------------------------------------------------------
-
-def load(run, path=None):
-    """The record of a run, or None if there is none. UserError if it has other settings, weights or data."""
-    path = path or run.record
-    if not path.is_file():
-        return None
-    record, wanted = checkpoint.read_record(path), checkpoint.recorded(run.settings)
-    found = dict(record["settings"])
-    for name in ("weights_sha256", "data_sha256"):
-        wanted[name], found[name] = getattr(run.place, name), record[name]
-    for name in ("device", "precision"):
-        if getattr(run.settings, name) != "auto":
-            wanted[name], found[name] = getattr(run.settings, name), record["machine"][name]
-    differ = [name for name in wanted | found if wanted.get(name) != found.get(name) and name not in PATHS]
-    if differ:
-        raise UserError(f"{path} is of a run that differs in {', '.join(differ)}: choose another --out")
-    return record
-
-
-@dataclass
-class Outcome:
-    """A finished run: accuracy (%) and calibrated loss (nats) of each sentence, (2, n); numbers for tables."""
-    record: dict
-    scores: np.ndarray
-    numbers: dict
-
-
-def machine(record, *more):
-    """What two runs must share to be compared; with "threads", to have their costs averaged."""
-    return tuple(record["machine"][key] for key in ("processor", "device", "precision", *more))
-
-
-def evaluate(record, part):
-    """The Outcome of a finished run on "test" or "dev"."""
-    parameters, dev, judged = record["parameters"], record["dev"], record[part]
-    logits, labels = np.array(judged["logits"]), np.array(judged["labels"])
-    calibrated = stats.log_probabilities(logits / stats.temperature(dev["logits"], dev["labels"]))
-    scores = np.array([100.0 * (logits.argmax(1) == labels), -calibrated[np.arange(len(labels)), labels]])
-    return Outcome(record, scores, {
-        **record["metrics"], **parameters, "lr": record["settings"]["lr"],
-        "share": parameters["trainable"] / parameters["total"], "saved_mb": record["metrics"]["saved_bytes"] / 1e6,
-        "accuracy": scores[0].mean(), "calibrated": scores[1].mean(), "loss": stats.log_loss(logits, labels),
-        "error": stats.expected_calibration_error(logits, labels)})
-
-
-@dataclass
-class Result:
-    """A study on the folds (or seeds) that all its variants have: {variant: {fold: Outcome}}, without failed runs."""
-    name: str
-    study: Study
-    folds: list
-    outcomes: dict
-
-
-def collect(place, name, folds):
-    """The Result of a study, from the records that exist."""
-    study, records, outcomes = STUDIES[name], {}, {}
+def collect(place, study):
+    """The runs of a study on the folds (or seeds) that all its variants have: {variant: {fold: Outcome, or None for a
+    failed run}}. {} if there is no such fold. Of a study that is `partial`, one variant without any run is left out."""
+    found = {}
     for variant in study.variants:
-        found = {fold: load(make_run(place, variant, fold, study.rule)) for fold in folds}
-        records[variant.name] = {fold: record for fold, record in found.items() if record}
-    complete = sorted(set(folds).intersection(*records.values()))
-    for variant_name, found in records.items():
-        finished = [fold for fold in complete if "failed" not in found[fold]]
-        outcomes[variant_name] = {fold: evaluate(found[fold], study.part) for fold in finished}
-    return Result(name, study, complete, outcomes)
+        known = None not in rates_of(place, variant, study.rule).values()
+        records = {fold: make_run(place, variant, fold, study.rule).record for fold in range(10)} if known else {}
+        found[variant.name] = {fold: record for fold, record in records.items() if record}
+    empty = [name for name, records in found.items() if not records]
+    if len(empty) == 1 and study.partial:
+        del found[empty[0]]
+    folds = set.intersection(*(set(records) for records in found.values()))
+    return {name: {fold: place.evaluate(records[fold], study.part) for fold in sorted(folds)}
+            for name, records in found.items()} if folds else {}
 
 
 # -- executing --------------------------------------------------------------------------------------------
 
-def child(settings, threads, log):
-    """What the process of a run does. It ends when compare.py ends, even if compare.py was killed."""
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    sys.stdout = sys.stderr = open(log, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
-    sys.exit(train.main(settings))
-
-
-def start(run, jobs):
+def start(run, threads):
     """Start a run in a process of its own, so that its time and memory are its own. An unfinished run resumes."""
-    if load(run, Path(run.settings.out) / checkpoint.RECORD):  # it is finished, but its record was deleted: repeat it
-        run.settings.resume, run.settings.overwrite = False, True
     run.log.parent.mkdir(parents=True, exist_ok=True)
-    threads = max(1, torch.get_num_threads() // jobs)
-    process = multiprocessing.get_context("spawn").Process(target=child, args=(run.settings, threads, run.log))
-    process.start()
-    return process
+    _, _, *words = shlex.split(command(run.settings))  # without "python train.py"
+    with open(run.log, "ab") as log:
+        return subprocess.Popen([sys.executable, str(TRAIN), *words, "--out", run.settings.out, "--resume"],
+                                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                                env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"})
 
 
-def finish(run, process, jobs):
+def finish(run, code, jobs):
     """Copy the record of a finished or failed run, and add how many runs shared the machine: times depend on it.
     UserError, with the last line of its log, if there is no record."""
-    process.join()
-    if process.exitcode == 130:
-        raise KeyboardInterrupt
-    if process.exitcode not in (0, train.DIVERGED):
-        lines = run.log.read_text(encoding="utf-8").splitlines() if run.log.is_file() else []
-        last = lines[-1] if lines else "no output"
-        raise UserError(f"{run.name} ended with exit code {process.exitcode}: {last} ({run.log})")
+    if code not in (0, DIVERGED):
+        lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        raise UserError(f"{run.name} ended with exit code {code}: {lines[-1] if lines else 'no output'} ({run.log})")
     record = checkpoint.read_record(Path(run.settings.out) / checkpoint.RECORD)
     record["machine"]["jobs"] = jobs
-    write_json(run.record, record)
-
-
-def time_left(waiting, seconds, jobs):
-    """Format the estimated time left. seconds: {technique: training times of finished runs}."""
-    known = [mean(times) for times in seconds.values()]
-    if not known:
-        return ""
-    total = sum(mean(seconds.get(run.settings.technique, known)) for run in waiting)
-    return f", about {total / jobs / 60:.0f} min left"
+    write_json(run.path, record)
+    run.place.add(run.path)
 
 
 def choose_precision(run):
     """What precision "auto" means for the runs of a comparison, as runs in two precisions are not compared: that of
-    an existing record in the same folder and from the same processor, or else the faster one."""
-    weights = download.find_weights(run.settings.weights)
-    compute, _ = choose_compute(run.settings, read_config(weights))
+    an existing record of this processor, or else the faster one."""
+    compute, _ = choose_compute(run.settings, read_config(download.find_weights(run.settings.weights)))
     here = processor(compute.device), compute.device
-    for path in sorted(run.record.parent.glob("*.json")):
-        found = checkpoint.read_record(path)["machine"]
-        if (found["processor"], found["device"]) == here:
-            return found["precision"]
+    for record in run.place.records.values():
+        if machine(record)[:2] == here:
+            return record["machine"]["precision"]
     return compute.precision
 
 
-def train_missing(runs, jobs):
-    """Train the runs that have no record yet, `jobs` at a time."""
-    runs, waiting, running, seconds = {run.name: run for run in runs}.values(), [], {}, {}
-
-    def note_time(record):
-        if record and "failed" not in record:
+def time_left(waiting, place, jobs):
+    """Format the estimated time left, from the training times of finished runs; "" without any."""
+    seconds = {}
+    for record in place.records.values():
+        if "failed" not in record:
             seconds.setdefault(record["settings"]["technique"], []).append(record["metrics"]["train_seconds"])
+    if not seconds:
+        return ""
+    average = mean(map(mean, seconds.values()))
+    total = sum(mean(seconds.get(run.settings.technique, [average])) for run in waiting)
+    return f", about {total / jobs / 60:.0f} min left"
 
-    for run in runs:
-        record = load(run)
-        note_time(record)
-        if record is None:
-            checkpoint.keep_machine(run.settings)  # a run that is resumed or repeated keeps its precision
-            waiting.append(run)
-    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished already", flush=True)
+
+def train_missing(runs, jobs):
+    """Train the runs that have no record yet, `jobs` at a time. If this process ends, so do its runs; only if it is
+    killed at once (SIGKILL) they go on, and hold their folders until they are finished."""
+    runs = list({run.name: run for run in runs}.values())
+    waiting, running = [run for run in runs if run.record is None], {}
+    print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already", flush=True)
+    for run in waiting:
+        if run.path.exists():
+            raise UserError(f"{run.path} is of a run with other settings: choose another --out")
+        checkpoint.keep_machine(run.settings)  # a run that resumes keeps its precision
     new = [run for run in waiting if run.settings.precision == "auto"]
     if new:
         precision = choose_precision(new[0])
         print(f"precision of new runs: {precision}", flush=True)
         for run in new:
             run.settings.precision = precision
+    threads = max(1, torch.get_num_threads() // jobs)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                left = time_left(waiting, seconds, jobs)
-                run = waiting.pop(0)
-                number = len(runs) - len(waiting)
-                if load(run):  # another compare.py has finished it meanwhile
-                    continue
-                print(f"{run.name}: run {number} of {len(runs)}{left}; output in {run.log}", flush=True)
-                process = start(run, jobs)
-                running[process.sentinel] = run, process
-            for sentinel in wait(running) if running else ():
-                run, process = running.pop(sentinel)
-                finish(run, process, jobs)
-                note_time(load(run))
+                left, run = time_left(waiting, waiting[0].place, jobs), waiting.pop(0)
+                print(f"{run.name}: run {len(runs) - len(waiting)} of {len(runs)}{left}; output in {run.log}", flush=True)
+                running[run.name] = run, start(run, threads)
+            for run, process in list(running.values()):
+                if process.poll() is not None:
+                    del running[run.name]
+                    finish(run, process.returncode, jobs)
+            time.sleep(0.1)
     finally:
         for _, process in running.values():
             process.terminate()
-            process.join()
+            process.wait()

@@ -1,13 +1,14 @@
 """Intervals, verdicts and calibration on plain numpy arrays. One rule for every comparison: `judge`."""
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
 
 import numpy as np
 
 OVERLAP = 1 / 9  # n_test / n_train where fold i of ten parts tests on part i and trains on the other nine
-INCONCLUSIVE = "inconclusive"
+INTERVALS = {"corrected": "Nadeau-Bengio", "plain": "plain paired t", "split": "sampling and run variance apart"}
+INCONCLUSIVE, NO_VERDICT = "inconclusive", "no verdict"
 
 
 def mean_std(values):
@@ -42,70 +43,56 @@ def student_t(level, df):
 
 @dataclass(frozen=True)
 class Comparison:
-    """A paired comparison. low, high: the interval at `level`; low90, high90: the 90% interval. runs: how many
-    pairs of runs (1: the interval is over the sentences of one run, other runs may differ). needed: if inconclusive,
-    the number of folds that would settle it (beyond ten: folds of further splits); None if unknown or above 100."""
+    """A paired comparison. low, high: the interval at `level`, which decides on a difference; inner_low, inner_high:
+    the shorter one that decides on equivalence. runs: how many pairs of runs (1: the interval is over the sentences of
+    one run, other runs may differ)."""
     mean: float
     low: float
     high: float
-    low90: float
-    high90: float
+    inner_low: float
+    inner_high: float
     level: float
     verdict: str
     runs: int
-    needed: int | None = None
-
-    @property
-    def in_words(self):
-        """The verdict, and the number of folds that would settle it if it is open."""
-        return f"{self.verdict} ({self.needed} folds would settle it)" if self.needed else self.verdict
 
 
 def judge(mean, error, df, runs, comparisons=1, margin=1.0, lower_is_better=False):
     """Return the Comparison for a mean difference, its standard error and its degrees of freedom.
 
-    - *better*, *worse*: the interval at 1 - 0.05 / comparisons excludes zero (Bonferroni);
-    - *equivalent within 1 point*: the 90% interval lies within +-margin, that is, two one-sided tests at 5%
-      (Schuirmann 1987), not corrected for the number of comparisons; margin=None leaves this out (a loss);
+    Bonferroni: with m comparisons, differences and equivalences both have an error of 5% in all m together.
+
+    - *better*, *worse*: the interval at 1 - 0.05 / m excludes zero;
+    - *equivalent within 1 point*: the interval at 1 - 0.10 / m lies within +-margin, that is, two one-sided tests at
+      0.05 / m (Schuirmann 1987); margin=None leaves this out (a loss);
     - both: "worse, but equivalent within 1 point": the difference is significant and smaller than the margin;
-    - neither: *inconclusive*.
+    - neither: *inconclusive*; *no verdict* if the runs do not vary at all.
     """
-    level = 1 - 0.05 / comparisons
-    wide, narrow = student_t(level, df) * error, student_t(0.9, df) * error
+    level, inner = 1 - 0.05 / comparisons, 1 - 0.10 / comparisons
+    wide, narrow = student_t(level, df) * error, student_t(inner, df) * error
     words = []
     if abs(mean) > wide:
         words.append("better" if (mean > 0) != lower_is_better else "worse")
     if margin is not None and abs(mean) + narrow <= margin:
         words.append(f"equivalent within {margin:g} point{'' if margin == 1 else 's'}")
-    verdict = ", but ".join(words) or INCONCLUSIVE
+    verdict = NO_VERDICT if error == 0 else ", but ".join(words) or INCONCLUSIVE
     return Comparison(mean, mean - wide, mean + wide, mean - narrow, mean + narrow, level, verdict, runs)
 
 
-def is_inconclusive(found):
-    return found.verdict == INCONCLUSIVE
-
-
-def paired(differences, overlap=OVERLAP, is_open=is_inconclusive, **rule):
+def paired(differences, overlap=OVERLAP, sampling=0.0, **rule):
     """Compare over k >= 2 folds. differences: (k,), one mean difference a fold, in points; rule: as in `judge`.
 
-        standard error^2 = var(differences) (1 / k + n_test / n_train),    Student's t with k - 1 degrees of freedom
+        standard error^2 = s / k + r (1 / k + n_test / n_train),    Student's t with k - 1 degrees of freedom
 
-    Folds share training sentences, so 1 / k alone is too small (Nadeau & Bengio 2003, Machine Learning 52).
-    `needed` is the smallest number of folds with which a Comparison would not be open (`is_open`), if mean and variance
-    found so far were the true ones. Raises ValueError for one fold.
+    s + r is the variance of the differences. sampling: s, the part due to the sentences of a test part. The parts share
+    no sentence, so s is divided by k. Training sets overlap, so for the rest, r, 1 / k alone is too small. With s = 0
+    all of the variance counts as r (Nadeau & Bengio 2003, Machine Learning 52): the more cautious choice. Raises
+    ValueError for one fold.
     """
     mean, std = mean_std(differences)
     if std is None:
         raise ValueError("paired needs two folds or more; for one run use paired_sentences")
-
-    def judge_with(k):
-        return judge(mean, std * math.sqrt(1 / k + overlap), k - 1, len(differences), **rule)
-
-    found = judge_with(len(differences))
-    if found.verdict != INCONCLUSIVE:
-        return found
-    enough = (k for k in range(len(differences) + 1, 101) if not is_open(judge_with(k)))
-    return replace(found, needed=next(enough, None))
+    k, rest = len(differences), max(std ** 2 - sampling, 0)
+    return judge(mean, math.sqrt(sampling / k + rest * (1 / k + overlap)), k - 1, k, **rule)
 
 
 def paired_sentences(differences, overlap=0.0, **rule):
@@ -127,17 +114,19 @@ def paired_sentences(differences, overlap=0.0, **rule):
     return judge(float(differences.mean()), math.sqrt(variance), df, runs, **rule)
 
 
-def compare(scores, part="test", seeds=False, is_open=is_inconclusive, **rule):
+def compare(scores, part="test", seeds=False, interval="corrected", **rule):
     """Compare runs. scores: for each run the paired differences of the sentences of a part, "test" or "dev".
 
     seeds: the runs differ in their seed, not in their fold. Then, and on dev, and if there is only one run, the
-    interval is over sentences and runs; else it is over the folds.
+    interval is over sentences and runs; else it is over the folds, of a kind of INTERVALS.
     """
-    overlap = 0 if seeds else OVERLAP
     if seeds or part == "dev" or len(scores) == 1:
-        return paired_sentences(scores, overlap, **rule)
-    return paired([run.mean() for run in scores], overlap, is_open, **rule)
+        return paired_sentences(scores, 0 if seeds else OVERLAP, **rule)
+    sampling = np.mean([run.var(ddof=1) / len(run) for run in scores]) if interval == "split" else 0.0
+    return paired([run.mean() for run in scores], 0 if interval == "plain" else OVERLAP, sampling, **rule)
 
+
+# -- measures ---------------------------------------------------------------------------------------------
 
 def log_probabilities(logits):
     """Log softmax, (n, classes) -> (n, classes)."""
@@ -146,9 +135,13 @@ def log_probabilities(logits):
     return logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
 
+def log_losses(logits, labels):
+    """Return the negative log probability of each label, in nats: (n, classes), (n,) -> (n,)."""
+    return -log_probabilities(logits)[np.arange(len(labels)), labels]
+
+
 def log_loss(logits, labels):
-    """Return the mean negative log probability of the label, in nats."""
-    return float(-log_probabilities(logits)[np.arange(len(labels)), labels].mean())
+    return float(log_losses(logits, labels).mean())
 
 
 def temperature(logits, labels):
@@ -172,3 +165,15 @@ def expected_calibration_error(logits, labels, bins=15):
     gap = (probabilities.argmax(1) == labels) - probabilities.max(1)
     bin_of = np.ceil(probabilities.max(1) * bins)  # bin b holds ((b - 1) / bins, b / bins]
     return float(np.abs(np.bincount(bin_of.astype(int), gap)).sum() / len(gap))
+
+
+def matthews(predictions, labels):
+    """Return the Matthews correlation, 0 if one class is always predicted (Gorodkin 2004 for more than two classes).
+
+    It is the correlation of the one-hot tables of predictions and labels.
+    """
+    classes = np.arange(max(np.max(predictions), np.max(labels)) + 1)
+    x, y = (np.equal.outer(np.asarray(values), classes) for values in (predictions, labels))
+    x, y = (table - table.mean(0) for table in (x, y))
+    scale = math.sqrt((x ** 2).sum() * (y ** 2).sum())
+    return float((x * y).sum() / scale) if scale else 0.0

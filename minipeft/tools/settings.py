@@ -5,12 +5,12 @@ plots loop over this table. Nothing slow is imported, so --help and option error
 """
 import argparse
 import copy
+import functools
 import math
 import os
 import shlex
 import sys
 from dataclasses import dataclass
-from functools import cache
 
 
 class Parser(argparse.ArgumentParser):
@@ -217,14 +217,28 @@ def make_parser():
     return parser
 
 
-@cache
-def default_settings(technique):
+@functools.cache
+def parse_defaults(technique):
     return vars(make_parser().parse_args([technique]))
 
 
 def defaults(technique):
     """The settings of a technique when its command line has no option, as a dict."""
-    return copy.deepcopy(default_settings(technique))
+    return copy.deepcopy(parse_defaults(technique))
+
+
+@functools.cache
+def common_names():
+    """The names of the settings that every run of a comparison shares."""
+    parser = Parser()
+    add_common(parser)
+    return tuple(vars(parser.parse_args([])))
+
+
+def common_defaults():
+    """Those settings with their defaults, as a dict."""
+    default = defaults("full")
+    return {name: default[name] for name in common_names()}
 
 
 def parse(arguments):
