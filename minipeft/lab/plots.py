@@ -38,8 +38,8 @@ class Point:
 @dataclass
 class Panel:
     """One pair of axes with a measure against a setting. x: numbers, on a log axis if `log`, or strings (categories).
-    low, high: the part that is shown (None: all); a triangle marks a point beyond it. ringed: points to mark, {name: x}.
-    band: fill between low and high instead of bars. The axis ends where the measure does: accuracy at 0 and 100%."""
+    low, high: the part that is shown (None: all); a triangle marks a point beyond it. ringed: points to mark,
+    {name: x}. band: fill between low and high instead of bars. The axis ends where the measure does: accuracy at 0 and 100%."""
     series: dict
     x_label: str
     y_label: str
@@ -179,7 +179,7 @@ def series(panels, note, path, size=None, sharey=True):
 
 
 def over_epochs(rows, name, scale):
-    """The mean over runs of one column of their histories, as points: their low and high are the smallest and largest."""
+    """The mean over runs of one column of their histories, as points with the smallest and the largest value."""
     epochs = {}
     for row in rows:
         epochs.setdefault(row["epoch"], []).append(scale * row[name])
