@@ -3620,7 +3620,8 @@ def test_a_readme_that_compare_did_not_write_is_never_replaced(tmp_path, capsys)
     readme = tmp_path / "README.md"
     for content in (b"# My project\n", b"# Results\n\nOf my project.\n", "# Results\n".encode("utf-16")):
         readme.write_bytes(content)
-        assert compare.main(compare.parse(["--out", str(tmp_path)])) == 2 and readme.read_bytes() == content
+        code = files.run_program("compare.py", compare.main, compare.parse(["--out", str(tmp_path)]))
+        assert code == 2 and readme.read_bytes() == content
     assert f"{readme} was not written by compare.py" in capsys.readouterr().err
 
 
