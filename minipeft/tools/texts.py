@@ -24,7 +24,7 @@ from . import download
 from .files import UserError, sha256
 
 SAMPLE = 100_000  # characters of a table that decide on its separator
-UNLABELLED = " (a file without labels: python -m minipeft predict RUN --csv FILE)"
+UNLABELLED = " (if the file has no labels: python -m minipeft predict RUN --csv FILE)"
 NO_CLASSES = ("unsup", "__MACOSX")  # subfolders: unlabelled texts in the IMDb archive, what macOS adds to archives
 
 
