@@ -264,7 +264,9 @@ def train_missing(runs, jobs):
     for run in waiting:
         if run.path.exists():
             raise UserError(f"{run.path} is of a run with other settings: choose another --out")
-        checkpoint.keep_machine(run.settings)  # a run that resumes keeps its precision
+        unfinished = checkpoint.find(run.settings.out)
+        if unfinished and run.settings.precision == "auto":  # a run that resumes keeps its precision
+            run.settings.precision = unfinished.record["machine"]["precision"]
     new = [run for run in waiting if run.settings.precision == "auto"]
     if new:
         precision = choose_precision(new[0])
