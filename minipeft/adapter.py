@@ -44,7 +44,7 @@ class AdapterLinear(nn.Module):
 
     def __init__(self, linear, bottleneck=32, init_std=1e-2):
         super().__init__()
-        width = linear.nf if hasattr(linear, "nf") else linear.out_features  # nf: transformers' Conv1D
+        width = linear.nf if type(linear).__name__ == "Conv1D" else linear.out_features
         self.linear = linear
         self.adapter = Adapter(width, bottleneck, init_std, linear.weight.device)
         self.train(linear.training)
@@ -112,12 +112,13 @@ class NotToCompute(torch.Tensor):
 TAKEN = ("LoRALinear", "AdapterLinear", "TrainedNorm", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
-def plain(tensor):
-    """Check that a tensor holds floating-point values in memory: it is not quantised, sharded or offloaded."""
+def plain(tensors):
+    """Check that there are tensors, with floating-point values in memory: none is quantised, sharded or offloaded."""
     counting = torch.get_default_device().type == "meta"  # inside `with torch.device("meta")`: shapes are enough
     floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    return (type(tensor) in (torch.Tensor, nn.Parameter) and tensor.dtype in floats and tensor.numel() > 0
-            and (counting or not tensor.is_meta))
+    return bool(tensors) and all(
+        type(tensor) in (torch.Tensor, nn.Parameter) and tensor.dtype in floats and tensor.numel() > 0
+        and (counting or not tensor.is_meta) for tensor in tensors)
 
 
 def matching(model, targets, fits=lambda module: True):
@@ -129,8 +130,7 @@ def matching(model, targets, fits=lambda module: True):
         if kind.endswith(TAKEN):
             raise ValueError(f"{name or 'the model'} is a {kind} already: call merge_lora, remove_lora or "
                              "remove_adapters first; apply a technique before DistributedDataParallel")
-        weights = list(module.parameters())
-        if name and fits(module) and weights and all(map(plain, weights)):
+        if name and fits(module) and plain(list(module.parameters())):
             fitting[name] = module
     for target in [targets] if isinstance(targets, str) else targets:
         matches = [name for name in modules if name and f".{name}".endswith(f".{target}")]
@@ -185,12 +185,13 @@ def trained_tensors(model, kinds):
                          "train or load a state, take the state, merge or remove")
     own |= {parameter for parameter in model.parameters() if parameter.requires_grad}
     for module in model.modules():
-        if list(module.parameters()) and own.issuperset(module.parameters()):
+        parameters = set(module.parameters())
+        if parameters and parameters <= own:
             own |= set(module.buffers())
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors = {name: tensors[name] for name in model.state_dict() if tensors.get(name) in own}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not plain(tensor):
+        if tensor.is_floating_point() and not plain([tensor]):
             raise ValueError(f"{name} is not in memory, or it is sharded: load or gather the model first")
     return tensors
 
@@ -231,8 +232,8 @@ def remove_adapters(model):
 
 def adapter_state(model):
     """Return a copy of adapters, trained norms and what else was trained, such as a head in `train`: {name: tensor}."""
-    kinds = (AdapterLinear, TrainedNorm)
-    return {name: tensor.detach().clone() for name, tensor in trained_tensors(model, kinds).items()}
+    tensors = trained_tensors(model, (AdapterLinear, TrainedNorm))
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()

@@ -189,8 +189,8 @@ def read_config(folder):
 
 
 def read_tensors(folder):
-    """Read {Hugging Face's name: tensor} from model.safetensors, without a prefix that all names of the encoder have,
-    such as `bert.`, and with LayerNorms called gamma and beta renamed. UserError if it is missing or holds no BERT."""
+    """Read {Hugging Face's name: tensor} from model.safetensors, without a prefix such as `bert.`, and with LayerNorms
+    called gamma and beta renamed. UserError if it is missing or holds no BERT."""
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{path} is missing; weights/README.md says how to convert weights that are pickled "

@@ -61,12 +61,13 @@ class LoRALinear(nn.Module):
 TAKEN = ("LoRALinear", "AdapterLinear", "TrainedNorm", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
-def plain(tensor):
-    """Check that a tensor holds floating-point values in memory: it is not quantised, sharded or offloaded."""
+def plain(tensors):
+    """Check that there are tensors, with floating-point values in memory: none is quantised, sharded or offloaded."""
     counting = torch.get_default_device().type == "meta"  # inside `with torch.device("meta")`: shapes are enough
     floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    return (type(tensor) in (torch.Tensor, nn.Parameter) and tensor.dtype in floats and tensor.numel() > 0
-            and (counting or not tensor.is_meta))
+    return bool(tensors) and all(
+        type(tensor) in (torch.Tensor, nn.Parameter) and tensor.dtype in floats and tensor.numel() > 0
+        and (counting or not tensor.is_meta) for tensor in tensors)
 
 
 def matching(model, targets, fits=lambda module: True):
@@ -78,8 +79,7 @@ def matching(model, targets, fits=lambda module: True):
         if kind.endswith(TAKEN):
             raise ValueError(f"{name or 'the model'} is a {kind} already: call merge_lora, remove_lora or "
                              "remove_adapters first; apply a technique before DistributedDataParallel")
-        weights = list(module.parameters())
-        if name and fits(module) and weights and all(map(plain, weights)):
+        if name and fits(module) and plain(list(module.parameters())):
             fitting[name] = module
     for target in [targets] if isinstance(targets, str) else targets:
         matches = [name for name in modules if name and f".{name}".endswith(f".{target}")]
@@ -134,12 +134,13 @@ def trained_tensors(model, kinds):
                          "train or load a state, take the state, merge or remove")
     own |= {parameter for parameter in model.parameters() if parameter.requires_grad}
     for module in model.modules():
-        if list(module.parameters()) and own.issuperset(module.parameters()):
+        parameters = set(module.parameters())
+        if parameters and parameters <= own:
             own |= set(module.buffers())
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors = {name: tensors[name] for name in model.state_dict() if tensors.get(name) in own}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not plain(tensor):
+        if tensor.is_floating_point() and not plain([tensor]):
             raise ValueError(f"{name} is not in memory, or it is sharded: load or gather the model first")
     return tensors
 
@@ -171,8 +172,8 @@ def merge_lora(model):
     """Add every update to its weight and put plain layers back under their old names. Return the names.
 
     A second call is a no-op. Each merged weight is a new parameter: an embedding tied to the old one keeps its values.
-    Raise ValueError, and change nothing, for a layer that computes more than W x + b (a subclass, a parametrisation, a
-    hook) or is not in memory, and if `model` is itself a LoRALinear.
+    Raise ValueError, and change nothing, for a base layer that computes more than W x + b (a subclass, a
+    parametrisation, a hook) or is not in memory.
     """
     merged = {}
     for name, module in model.named_modules():
@@ -181,7 +182,7 @@ def merge_lora(model):
             more = (linear._forward_hooks or linear._forward_pre_hooks
                     or getattr(linear.forward, "__func__", None) is not type(linear).forward)  # set by accelerate
             ordinary = type(linear) is nn.Linear or module.transposed
-            if more or not ordinary or not all(map(plain, module.parameters())) or not name:
+            if more or not ordinary or not plain(list(module.parameters())) or not name:
                 raise ValueError(f"cannot merge into {name or 'the model itself'} ({linear._get_name()}): it is not "
                                  "just W x + b, in memory, without hooks, inside a model")
             with torch.autocast(linear.weight.device.type, enabled=False):
