@@ -369,6 +369,8 @@ def test_other_checkpoints_names_are_understood(tiny, tmp_path):
             tiny, tmp_path / "bare", lambda tensors: {k: v for k, v in tensors.items() if "pooler" not in k}))
         assert load_pooler(tmp_path / "bare") is None and torch.equal(no_pooler(random_ids()), expected)
         assert same_bits(bits(load_pooler(tmp_path / "old")), bits(load_pooler(tiny)))
+        for prefix in ("_orig_mod.", "module.bert."):  # of torch.compile and DataParallel
+            assert torch.equal(load_bert(rewrite(tiny, tmp_path / "prefix", under(prefix)))(random_ids()), expected)
         half = load_bert(rewrite(tiny, tmp_path / "half", lambda t: {k: v.half() for k, v in t.items()}))
         assert half.layers[0].attention.query.weight.dtype == torch.float32
 
@@ -398,8 +400,8 @@ def spoilt(tensors):
     (spoilt, {}, ["unexpected surprise.weight", "(32, 31), not (32, 32)", "LayerNorm.weight holds values that"]),
     (without("0.output.dense.bias"), {}, ["missing encoder.layer.0.output.dense.bias"]),
     (without("attention.self"), {}, ["missing encoder.layer.0.attention.self.query.weight", "and 7 more"]),
-    (under("_orig_mod."), {}, ["'_orig_mod.'", "torch.compile"]), (under("module.bert."), {}, ["'module.bert.'"]),
-    (under("x."), {"hidden_size": 64}, ["'x.'"]), (without("word"), {}, ["holds no BERT", "word_embeddings"]),
+    (under("x."), {"hidden_size": 64}, ["(24, 32), not (24, 64)"]),
+    (without("word"), {}, ["holds no BERT", "word_embeddings"]),
     (under(""), {"num_hidden_layers": 99_999_999}, ["2 layers", "num_hidden_layers = 99999999"]),
     (under(""), {"num_hidden_layers": 1}, ["2 layers", "num_hidden_layers = 1"]),
     (under(""), {"vocab_size": 900_000_000}, ["word_embeddings.weight has shape (24, 32), not (900000000, 32)"]),
@@ -431,7 +433,7 @@ def test_another_architecture_is_refused_by_its_name_alone(tmp_path):
     with pytest.raises(UserError, match=r"config.json: model_type = 'distilbert', but only 'bert' is implemented$"):
         load_bert(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert", "num_hidden_layers": 2}')
-    with user_error("vocab_size is missing", "hidden_size is missing"):
+    with user_error("vocab_size is None", "hidden_size is None"):
         load_bert(tmp_path)
 
 
@@ -529,7 +531,7 @@ def test_a_head_that_the_model_has_already_is_trained_when_named_and_else_a_warn
     with pytest.raises(ValueError, match="'classifer': matches nothing.*norm, query, value"):
         apply(model, train="classifer")
     assert type(model.query) is nn.Linear and all(parameter.requires_grad for parameter in model.parameters())
-    with pytest.warns(UserWarning, match=r"classifier is frozen.*train=\('classifier',\)"):
+    with pytest.warns(UserWarning, match="classifier is frozen.*name the whole new head in train"):
         apply(model)
     assert not model.classifier.weight.requires_grad
     for train in ("classifier", ("classifier",)):
@@ -554,7 +556,7 @@ def test_wrong_use_is_refused_with_the_reason_and_changes_nothing(tiny, apply, e
             (attention, {"targets": "out_proj"}, "out_proj is a NonDynamicallyQuantizableLinear"),  # read, not called
             (attention, {"targets": "in_proj_weight"}, "matches nothing"),
             (nn.Linear(3, 3), {"targets": ""}, "matches nothing"),
-            (integers, {"targets": "0", "train": "head"} | no_norms, "head is a ParameterList without plain weights")):
+            (integers, {"targets": "0", "train": "head"} | no_norms, "head is a ParameterList, the wrong type, or quantised")):
         with pytest.raises(ValueError, match=message):
             apply(model, **wrong)
         assert all(parameter.requires_grad for parameter in model.parameters() if parameter.is_floating_point())
@@ -565,14 +567,13 @@ def flags(model):
     return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("first, way_out", [("lora", "call merge_lora or remove_lora"),
-                                            ("adapter", "call remove_adapters")])
+@pytest.mark.parametrize("first", ["lora", "adapter"])
 @pytest.mark.parametrize("second", APPLY_TO_SMALL.values(), ids=APPLY_TO_SMALL)
-def test_a_second_technique_is_refused_with_the_way_out(first, second, way_out):
+def test_a_second_technique_is_refused_with_the_way_out(first, second):
     model = small()
     APPLY_TO_SMALL[first](model)
     before, trained = bits(model), flags(model)
-    with pytest.raises(ValueError, match=rf"(query|norm) is a \w+ already: {way_out} first"):
+    with pytest.raises(ValueError, match=r"(query|norm) is a \w+ already: call merge_lora, .*remove_adapters first"):
         second(model)
     assert same_bits(bits(model), before) and flags(model) == trained
     {"lora": remove_lora, "adapter": remove_adapters}[first](model)
@@ -583,7 +584,7 @@ def test_a_second_technique_is_refused_with_the_way_out(first, second, way_out):
 def test_a_distributed_model_is_refused_since_what_is_added_would_not_be_synchronised(apply):
     class DistributedDataParallel(nn.Sequential):
         pass
-    with pytest.raises(ValueError, match="DistributedDataParallel already: apply the technique first"):
+    with pytest.raises(ValueError, match="DistributedDataParallel already.*apply a technique before"):
         apply(DistributedDataParallel(small()))
 
 
@@ -597,7 +598,7 @@ def test_a_warning_names_the_whole_head_and_the_line_of_the_caller(tiny, apply, 
         model = nn.Sequential(OrderedDict(model=model))
     with pytest.warns(UserWarning) as caught:
         apply(model)
-    assert len(caught) == 1 and f"train=({'model.head' if where else 'head'!r},)" in str(caught[0].message)
+    assert len(caught) == 1 and re.search("head.classifier is frozen.*whole new head", str(caught[0].message))
     assert (caught[0].filename, caught[0].lineno) == (__file__, apply.__code__.co_firstlineno)
 
 
@@ -618,18 +619,16 @@ def with_weight(change):
     with_weight(lambda weight: weight.new_empty(0))], ids=["meta", "packed", "int8", "float8", "sharded"])  # ZeRO-3
 def test_layers_whose_weights_are_not_plain_and_in_memory_are_refused_by_name(make):
     for name, apply, wrong in (
-            ("value", add_lora, {"targets": ("query", "value")}), ("value", freeze, {"train": "value"}),
+            ("value", add_lora, {"targets": ("query", "value")}),
             ("value", add_lora, {"targets": "query", "train": "value"}),
             ("value", add_adapters, {"targets": ("query", "value"), "norms": ()}),
             ("norm", add_adapters, {"targets": "query", "norms": "norm"})):
         model = small()
         make(getattr(model, name))
         before = flags(model)
-        with pytest.raises(ValueError, match=rf"{name} is a \w+ without plain weights in memory \(quantised"):
+        with pytest.raises(ValueError, match=rf"{name} is a \w+, the wrong type, or quantised, sharded or offloaded"):
             apply(model, **wrong)
         assert flags(model) == before and type(model.query) is nn.Linear
-    with pytest.raises(ValueError, match="no biases to train, or they are not in memory"):
-        train_biases(small().to("meta"))
 
 
 @pytest.mark.parametrize("name, state_of, load", [
@@ -644,11 +643,10 @@ def test_a_state_is_neither_taken_from_nor_put_into_a_model_that_is_not_in_memor
         state_of(model.to("meta"))
 
 
-@pytest.mark.parametrize("state_of, load, remove, order", [
-    (lora_state, load_lora, merge_lora, "load the base model, add_lora, train, lora_state, merge_lora"),
-    (adapter_state, load_adapters, remove_adapters, "load the base model, add_adapters, train")])
-def test_the_state_of_a_model_without_the_technique_is_an_error_that_gives_the_order(state_of, load, remove, order):
-    model = small()
+@pytest.mark.parametrize("state_of, load, remove", [
+    (lora_state, load_lora, merge_lora), (adapter_state, load_adapters, remove_adapters)])
+def test_the_state_of_a_model_without_the_technique_is_an_error_that_gives_the_order(state_of, load, remove):
+    model, order = small(), "The order is: load the base model, add_lora or add_adapters, train"
     for call in (state_of, lambda model: load(model, {})):
         with pytest.raises(ValueError, match=order):
             call(model)
@@ -665,7 +663,7 @@ def test_a_lone_layer_is_not_merged_and_an_adapter_of_zeros_not_made():
         merge_lora(wrapped)
     assert same_bits(bits(wrapped), before)
     assert merge_lora(nn.Sequential(wrapped)) == ["0"]
-    with pytest.raises(ValueError, match="init_std must be positive"):
+    with pytest.raises(ValueError, match="init_std positive"):
         Adapter(4, 2, init_std=0)
 
 
@@ -937,9 +935,9 @@ def test_a_wrapped_model_can_be_compiled_copied_cast_and_called_functionally(nam
 
 def test_the_technique_files_share_their_helpers_to_the_letter():
     """Each file is copied alone, so each has these functions; they must not drift apart."""
-    for name in ("plain", "named", "matching", "freeze", "swap", "trained_tensors", "load", "is_linear"):
-        for file in (adapter, head) if hasattr(head, name) else (adapter,):
-            assert inspect.getsource(getattr(lora, name)) == inspect.getsource(getattr(file, name))
+    assert lora.TAKEN == adapter.TAKEN == head.TAKEN
+    for name in ("plain", "matching", "freeze", "swap", "is_linear", "trained_tensors"):
+        assert inspect.getsource(getattr(lora, name)) == inspect.getsource(getattr(adapter, name))
 
 
 @pytest.mark.parametrize("name, call", [("lora", "add_lora(model, 'query')"), ("head", "freeze(model, train='value')"),
