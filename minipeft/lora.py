@@ -103,7 +103,8 @@ def freeze(model, train=(), stacklevel=2):
     for name, module in model.named_modules():
         frozen = not all(parameter.requires_grad for parameter in module.parameters())
         if frozen and name.rpartition(".")[2] in ("classifier", "score"):
-            warnings.warn(f"{name} is frozen; if it is new, name the whole new head in train", stacklevel=stacklevel)
+            warnings.warn(f"{name} is frozen; if it is a new head, pass train=({name.partition('.')[0]!r},)",
+                          stacklevel=stacklevel)
 
 
 def swap(model, replacements):
