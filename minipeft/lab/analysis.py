@@ -187,7 +187,7 @@ def score(series, rank, record):
                                     for part in ("dev", "test"))
     return {"series": series, "rank": rank, "fold": record["settings"].get("fold"),
             "accuracy": 100 * float((test.argmax(1) == labels).mean()),
-            "calibrated_loss": stats.log_loss(test / stats.temperature(dev, known), labels)}
+            "calibrated_loss": float(stats.log_losses(test / stats.temperature(dev, known), labels).mean())}
 
 
 @torch.no_grad()
