@@ -1,5 +1,4 @@
 """The report of a comparison: verdicts, tables, figures and Markdown, all from records. It trains nothing."""
-import os
 import shlex
 import textwrap
 from dataclasses import dataclass, replace
@@ -50,13 +49,6 @@ class Finding:
     loss: dict
     matthews: stats.Comparison | None = None
     left_out: int = 0
-
-    @property
-    def name(self):
-        """The two variants; what both begin with is said once."""
-        a, b = label(self.contrast.a), label(self.contrast.b)
-        shared = os.path.commonprefix([a, b]).rpartition(" ")[0]
-        return f"{a} - {b[len(shared):].strip()}"
 
     @property
     def verdicts(self):
@@ -196,7 +188,7 @@ QUALITY = {"lr": ("learning rate", "g"), "technique": ("technique parameters", "
            "head": ("head parameters", ",.0f"), "share": ("trained", ".2%"),
            "train_accuracy": ("train accuracy", ".1%"), "dev_accuracy": ("dev accuracy", ".1%"),
            "accuracy": ("{} accuracy (%)", ".2f"), "calibrated": ("{} calibrated loss", ".4f"),
-           "loss": ("{} raw loss", ".3f"), "error": ("{} calibration error", ".1%")}
+           "loss": ("{} raw loss", ".3f")}
 COST = {"train_seconds": ("training (s)", ",.0f"), "step_milliseconds": ("a step (ms)", ",.0f"),
         "peak_memory_mb": ("peak memory (MB)", ",.0f"), "saved_mb": ("saved (MB)", ".2f")}
 SHORT = {"lr": ("lr", "g"), "share": ("trained", ".2%"), "accuracy": ("accuracy (%)", ".2f"),
@@ -243,14 +235,14 @@ def contrast_rows(findings):
     for found in findings:
         pairs = f"{found.left_out} left out (failed, or of two machines)" if found.left_out else ""
         if not found.accuracy:
-            rows.append([found.name, *[""] * 6, f"none; {pairs}" if pairs else "none"])
+            rows.append([found.contrast.name, *[""] * 6, f"none; {pairs}" if pairs else "none"])
             continue
         accuracy, loss, (_, *others) = found.accuracy["corrected"], found.loss["corrected"], found.verdicts.values()
         number = "one run" if accuracy.runs == 1 else str(accuracy.runs)
-        rows.append([found.name, with_level(accuracy), with_level(accuracy, True), accuracy.verdict, signed(loss, 4),
-                     loss.verdict, "; ".join(others), f"{number}; {pairs}" if pairs else number])
+        rows.append([found.contrast.name, with_level(accuracy), with_level(accuracy, True), accuracy.verdict,
+                     signed(loss, 4), loss.verdict, "; ".join(others), f"{number}; {pairs}" if pairs else number])
         if found.matthews:
-            rows.append([f"{found.name}, Matthews correlation x 100", signed(found.matthews), "",
+            rows.append([f"{found.contrast.name}, Matthews correlation x 100", signed(found.matthews), "",
                          found.matthews.verdict, "", "", "", number])
     return rows
 
@@ -266,7 +258,7 @@ def said(found):
 def short_rows(findings):
     """The contrasts for a terminal."""
     return [["", "accuracy (points)", "verdict"], *(
-        [found.name, signed(found.accuracy["corrected"]) if found.accuracy else "no pair of runs", said(found)]
+        [found.contrast.name, signed(found.accuracy["corrected"]) if found.accuracy else "no pair of runs", said(found)]
         for found in findings)]
 
 
@@ -282,16 +274,6 @@ def on_one_machine(result):
     return "{}, {}, {}, threads: {}, runs at a time: {}, torch {}".format(*most), groups[most]
 
 
-def panels_of(result):
-    """The calibrated loss of each variant: {panel: {series: points}}"""
-    panels = {}
-    for variant in result.study.variants:
-        if result.runs(variant.name):
-            point = plots.Point(variant.x, mean_std(result.runs(variant.name), "calibrated")[0])
-            panels.setdefault(variant.panel, {}).setdefault(variant.series, []).append(point)
-    return panels
-
-
 # -- figures ----------------------------------------------------------------------------------------------
 
 def data_name(place):
@@ -303,9 +285,14 @@ def draw(result, figures):
     study, names = result.study, []
     if study.x_label:
         names.append(f"{result.name}.png")
-        panels = [plots.Panel(series, study.x_label, "calibrated loss (nats)", name)
-                  for name, series in panels_of(result).items()]
-        plots.series([panels], f"{data_name(result.place)}, {study.part}", figures / names[-1], not study.contrasts)
+        panels = {}
+        for variant in study.variants:
+            if result.runs(variant.name):
+                point = plots.Point(variant.x, mean_std(result.runs(variant.name), "calibrated")[0])
+                panels.setdefault(variant.panel, {}).setdefault(variant.series, []).append(point)
+        plots.series([[plots.Panel(series, study.x_label, "calibrated loss (nats)", name)
+                       for name, series in panels.items()]], f"{data_name(result.place)}, {study.part}",
+                     figures / names[-1], not study.contrasts)
     if study.costs:
         names.append(f"{result.name}-curves.png")
         histories = {name: [run.record["history"] for run in result.runs(name)] for name in result.outcomes}
@@ -319,7 +306,7 @@ def draw_contrasts(results, path):
     """Draw all contrasts on test; of the two main studies one. False if there are none."""
     names, groups = {result.name for result in results}, {}
     for result in results:
-        rows = [plots.Row(found.name.replace(" - ", " − "), found.accuracy["corrected"],
+        rows = [plots.Row(found.contrast.name.replace(" - ", " − "), found.accuracy["corrected"],
                           f"{signed(found.accuracy['corrected'])}  {said(found)}")
                 for found in result.findings if found.accuracy]
         if rows and result.study.part == "test" and not (result.name == "techniques" and "calibrated" in names):
@@ -333,8 +320,9 @@ def draw_contrasts(results, path):
 # -- Markdown ---------------------------------------------------------------------------------------------
 
 def study_page(result, figures):
-    """The page of a study, as lines. figures: the names of its figures"""
+    """The page of a study, as lines. Draws its figures."""
     study, runs = result.study, [run for name in result.outcomes for run in result.runs(name)]
+    out = shlex.quote(result.place.out.as_posix())
     lines = [f"# {result.name}", "", f"{study.question} ({study.source})", "", f"Rates: {RULES[study.rule]}.", ""]
     if study.caveat:
         lines += [f"Mind: {study.caveat}.", ""]
@@ -344,7 +332,6 @@ def study_page(result, figures):
     if result.place.quick:
         lines += [TOO_SHORT, ""]
     if runs:
-        out = shlex.quote(result.place.out.as_posix())
         lines += [f"`python compare.py --study {result.name} --out {out}`, with the options of its runs, such as "
                   f"`{runs[0].record['command']}`.", ""]
     if result.findings:
@@ -353,7 +340,7 @@ def study_page(result, figures):
     if study.costs and runs:
         words, groups = on_one_machine(result)
         lines += [f"Costs on {words}:", "", *markdown(number_rows(result, COST, groups)), ""]
-    return [*lines, *(f"![{name}](../figures/{name})" for name in figures)]
+    return [*lines, *(f"![{name}](../figures/{name})" for name in draw(result, figures))]
 
 
 def find_scores(places, name):
@@ -403,23 +390,23 @@ def sensitivity_lines(cells, places, figures):
              *stats.INTERVALS.values(), "calibrated loss"]]
     panels = {}
     for (contrast, rule), found in cells.items():
-        name, measured = f"{label(contrast.a)} - {label(contrast.b)}", []
-        row = [name, RULE_NAMES[rule], " - ".join(rate_and_share(one, rule) for one in (contrast.a, contrast.b))]
+        measured = []
+        row = [contrast.name, RULE_NAMES[rule],
+               f"{rate_and_share(contrast.a, rule)} - {rate_and_share(contrast.b, rule)}"]
         if found:
             row += [signed(found.accuracy["corrected"]), *found.verdicts.values(), signed(found.loss["corrected"], 4)]
             measured = list(found.accuracy.values())
         else:
             row += ["not run", *[""] * (len(stats.INTERVALS) + 1)]
         rows.append(row)
-        panels.setdefault(name.replace(" - ", "\n− "), {})[textwrap.fill(RULE_NAMES[rule], 10)] = measured
+        panels.setdefault(contrast.name.replace(" - ", "\n− "), {})[textwrap.fill(RULE_NAMES[rule], 10)] = measured
     plots.sensitivity(panels, dict(zip(stats.INTERVALS.values(), ("#332288", "#d55e00", "#009e73"))),
                       "difference in test accuracy (points); thin line: for a difference, thick: for equivalence "
                       "(shaded: ±1 point)", figures / "sensitivity.png")
     lines = []
     for contrast in STUDIES["calibrated"].contrasts:
         verdict, depends = agree_on(cells, contrast)
-        name = f"{label(contrast.a)} - {label(contrast.b)}"
-        lines.append(f"- {name}: **{verdict}**" + (f" on {depends}" if depends else ""))
+        lines.append(f"- {contrast.name}: **{verdict}**" + (f" on {depends}" if depends else ""))
     return [*lines, "", "![What the verdicts depend on](figures/sensitivity.png)", "", *markdown(rows)]
 
 
@@ -430,6 +417,7 @@ def claim_rows(results, cells, out):
         for found in result.findings:
             if not found.contrast.claim:
                 continue
+            ours = f"[{result.name}](studies/{result.name}.md): {found.contrast.name}"
             if result.name == "calibrated":
                 verdict, depends = agree_on(cells, found.contrast)
             else:
@@ -438,8 +426,8 @@ def claim_rows(results, cells, out):
             if found.accuracy:
                 accuracy = found.accuracy["corrected"]
                 difference = with_level(accuracy, accuracy.verdict.startswith("equivalent"))
-            rows.append([found.contrast.claim, f"[{result.name}](studies/{result.name}.md): {found.name}", difference,
-                         verdict, "; ".join(part for part in (depends, result.study.caveat) if part)])
+            rows.append([found.contrast.claim, ours, difference, verdict,
+                         "; ".join(part for part in (depends, result.study.caveat) if part)])
     path = out / "analysis.json"
     for row in analysis.publish(out, read_json(path)) if path.is_file() else []:
         link = f"[figure]({row['figure']}), " if row["figure"] else ""
@@ -519,16 +507,12 @@ def report(out):
     lines += [*own_text(out, "answer"), ""]
     if draw_contrasts(results, figures / "contrasts.png"):
         lines += ["![All contrasts](figures/contrasts.png)", ""]
-    drawn = {result.name: draw(result, figures) for result in results}
-    for result in results:
-        write_text(out / "studies" / f"{result.name}.md", "\n".join([*study_page(result, drawn[result.name]), ""]))
     cells = sensitivity(places)
     if sum(bool(found) for found in cells.values()) > len(RULES):
         lines += ["## What the verdicts depend on", "", *sensitivity_lines(cells, places, figures), ""]
     else:
         for result in results:
-            lines += [f"## {result.name}", "", *tables(result, markdown), "",
-                      *(f"![{name}](figures/{name})" for name in drawn[result.name]), ""]
+            lines += [f"## {result.name}", "", *tables(result, markdown), ""]
     claims = claim_rows(results, cells, out)
     if len(claims) > 1:
         lines += ["## Claims", "", *markdown(claims), ""]
@@ -539,6 +523,8 @@ def report(out):
     if searches:
         write_text(out / "studies" / "learning-rates.md", "\n".join([*searches, ""]))
         lines += ["- [learning rates](studies/learning-rates.md)"]
-    lines += [f"- [{result.name}](studies/{result.name}.md): {result.study.question}" for result in results]
+    for result in results:
+        write_text(out / "studies" / f"{result.name}.md", "\n".join([*study_page(result, figures), ""]))
+        lines.append(f"- [{result.name}](studies/{result.name}.md): {result.study.question}")
     write_text(out / "README.md", "\n".join([*lines, ""]))
     return results

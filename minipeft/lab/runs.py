@@ -60,7 +60,6 @@ def evaluate(record, part):
         **metrics, **parameters, "lr": record["settings"]["lr"], "head_lr": record["settings"].get("head_lr"),
         "share": parameters["trainable"] / parameters["total"], "saved_mb": metrics["saved_bytes"] / 1e6,
         "accuracy": right.mean(), "calibrated": losses.mean(), "loss": stats.log_losses(logits, labels).mean(),
-        "error": stats.expected_calibration_error(logits, labels),
         "matthews": 100 * matthews(confusion(labels, predicted, len(record["classes"])))})
 
 
@@ -179,7 +178,8 @@ def make_run(place, variant, repeat, rule="doubling"):
         names = " ".join(variant.searches or (variant.technique,))
         raise UserError(f"{variant.name}: no rate by the rule {RULES[rule]!r} is known yet: python compare.py --rates "
                         f"{names} finds it, minipeft/lab/studies.py takes it")
-    given = default | place.common | rates | {"seed": repeat, "fold": fold, "resume": True} | variant.options
+    given = default | place.common | rates | {"seed": repeat, "fold": fold} | variant.options
+    given |= {"resume": True, "given": list(default)}  # an unfinished run must have all of these settings
     words = [f"{name}-{word(value)}" for name, value in checkpoint.recorded(Namespace(**given)).items()
              if value != default.get(name) and name not in UNNAMED]
     words += [f"lr-{given['lr']:g}", f"seed{repeat}" if fold is None else f"fold{repeat}"]
@@ -251,7 +251,7 @@ def train_missing(runs, jobs):
     for run in waiting:
         if run.path.exists():
             raise UserError(f"{run.path} is of a run with other settings: choose another --out")
-        checkpoint.keep_machine(run.settings)  # a run that resumes keeps its precision
+        checkpoint.find(run.settings.out, run.settings)  # a run that resumes keeps its device and precision
     new = [run for run in waiting if run.settings.precision == "auto"]
     if new:
         precision = choose_precision(new[0])

@@ -148,11 +148,3 @@ def temperature(logits, labels):
         too_sharp = (expected - logits[np.arange(len(labels)), labels]).mean() > 0
         low, high = (middle, high) if too_sharp else (low, middle)
     return math.exp((low + high) / 2)
-
-
-def expected_calibration_error(logits, labels, bins=15):
-    """Return the mean |accuracy - confidence| over equal bins of the largest probability (Guo et al. 2017, eq. 3)."""
-    probabilities = np.exp(log_probabilities(logits))
-    gap = (probabilities.argmax(1) == labels) - probabilities.max(1)
-    bin_of = np.ceil(probabilities.max(1) * bins)  # bin b holds ((b - 1) / bins, b / bins]
-    return float(np.abs(np.bincount(bin_of.astype(int), gap)).sum() / len(gap))

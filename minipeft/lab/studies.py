@@ -1,4 +1,5 @@
 """The comparison as data: searches of learning rates, the runs that test a claim, and the contrasts between them."""
+import os
 from dataclasses import dataclass, field
 
 from ..tools.settings import LINEAR_LAYERS, TECHNIQUES
@@ -100,12 +101,24 @@ class Variant:
     panel: str = ""
 
 
+def label(name):
+    """Return the name of a variant in tables: the label of a technique, or its own name."""
+    return TECHNIQUES[name].label if name in TECHNIQUES else name
+
+
 @dataclass(frozen=True)
 class Contrast:
     """Two variants, by name, and the claim about them that is tested ("": none)."""
     a: str
     b: str
     claim: str = ""
+
+    @property
+    def name(self):
+        """The two variants, as "LoRA, rank 1 - 8": what both begin with is said once."""
+        a, b = label(self.a), label(self.b)
+        shared = os.path.commonprefix([a, b]).rpartition(" ")[0]
+        return f"{a} - {b[len(shared):].strip()}"
 
 
 @dataclass(frozen=True)
@@ -129,11 +142,6 @@ class Study:
     partial: bool = False
     matthews: bool = False
     title: str = ""
-
-
-def label(name):
-    """Return the name of a variant in tables: the label of a technique, or its own name."""
-    return TECHNIQUES[name].label if name in TECHNIQUES else name
 
 
 def vary(technique, option, values, word=None):
