@@ -58,7 +58,7 @@ from minipeft.tools import checkpoint, distributed, download, export as interop,
 from minipeft.tools.checkpoint import open_run
 from minipeft.tools.export import save_bert
 from minipeft.tools.files import UserError, read_json, read_safetensors, write_json
-from minipeft.tools.metrics import confusion, confusions, macro_f1, matthews, summary, wilson
+from minipeft.tools.metrics import confusion, confusions, log_loss, macro_f1, matthews, summary, wilson
 
 ROOT = Path(__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"  # for child processes; more threads are slower on tiny models
@@ -1426,7 +1426,7 @@ def test_a_whole_run(make_settings, tiny, capsys, technique):
     assert [row["epoch"] for row in record["history"]] == [1, 2, 3]
     logits, labels = np.array(record["test"]["logits"]), record["test"]["labels"]
     assert (logits.argmax(1) == labels).mean() == pytest.approx(metrics["test_accuracy"])
-    assert stats.log_loss(logits, labels) == pytest.approx(metrics["test_loss"], abs=1e-4)
+    assert log_loss(logits, labels) == pytest.approx(metrics["test_loss"], abs=1e-4)
     table = list(csv.DictReader((folder / "predictions.csv").open()))
     tested = [row for row in table if row["set"] == "test"]
     assert len(table) == record["sentences"]["dev"] + record["sentences"]["test"]
@@ -3134,7 +3134,7 @@ def test_records_are_found_by_their_settings_and_those_of_other_data_are_refused
         assert runs.make_run(place, Variant("lora", "lora", {"rank": 4}), 0).record is None
         place.common["precision"] = "bf16"
         with user_error("was run in fp32, and --precision is bf16"):
-            runs.make_run(place, Variant("lora", "lora"), 0).record
+            place.add(fake_place.out / "runs" / "any-name.json")
         place.data_sha256 = ["other"]
         with user_error("any-name.json is of other data"):
             place.add(fake_place.out / "runs" / "any-name.json")
@@ -3293,25 +3293,20 @@ def test_temperature_minimises_the_loss_and_is_1_where_probabilities_are_true():
     t = stats.temperature(logits, labels)
     assert t == pytest.approx(1, abs=0.04)
     assert stats.temperature(3 * logits, labels) == pytest.approx(3 * t, rel=1e-6)
-    slope = (stats.log_loss(logits / (t * 1.001), labels) - stats.log_loss(logits / (t * 0.999), labels)) / (0.002 * t)
+    slope = (log_loss(logits / (t * 1.001), labels) - log_loss(logits / (t * 0.999), labels)) / (0.002 * t)
     assert abs(slope) < 1e-5
-    calibrated = stats.log_loss(5 * logits / stats.temperature(5 * logits, labels), labels)  # no overconfidence
-    assert calibrated == pytest.approx(stats.log_loss(logits / t, labels))
-    assert calibrated < stats.log_loss(5 * logits, labels)
+    calibrated = log_loss(5 * logits / stats.temperature(5 * logits, labels), labels)  # no overconfidence
+    assert calibrated == pytest.approx(log_loss(logits / t, labels))
+    assert calibrated < log_loss(5 * logits, labels)
     assert stats.temperature([[1, 0], [0, 1]], [0, 1]) == pytest.approx(0.2)  # all correct: no finite minimum
 
 
-def test_loss_calibration_error_and_matthews_correlation_by_hand():
+def test_the_log_loss_by_hand():
     logits = np.log([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.3, 0.7]])
     labels = np.array([0, 1, 1, 1])
-    assert stats.log_loss(logits, labels) == pytest.approx(-np.mean(np.log([0.9, 0.2, 0.6, 0.7])))
-    assert stats.log_loss(logits + 1e4, labels) == pytest.approx(stats.log_loss(logits, labels))
-    assert stats.log_loss(1e4 * logits, labels) == pytest.approx(1e4 * np.log(4) / 4)  # no overflow
-    # two bins of width 0.25 are used: (0.5, 0.75] with gaps 0.4 and 0.3, (0.75, 1] with 0.1 and -0.8
-    assert stats.expected_calibration_error(logits, labels, bins=4) == pytest.approx((0.7 + 0.7) / 4)
-    predicted = logits.argmax(1)  # 0 0 1 1 for 0 1 1 1: 2 true and 0 false positives, 1 true and 1 false negative
-    assert stats.matthews(predicted, labels) == pytest.approx((2 * 1 - 0 * 1) / math.sqrt(2 * 3 * 1 * 2))
-    assert stats.matthews(labels, labels) == pytest.approx(1) and stats.matthews([0, 0, 0], [0, 1, 1]) == 0
+    assert log_loss(logits, labels) == pytest.approx(-np.mean(np.log([0.9, 0.2, 0.6, 0.7])))
+    assert log_loss(logits + 1e4, labels) == pytest.approx(log_loss(logits, labels))
+    assert log_loss(1e4 * logits, labels) == pytest.approx(1e4 * np.log(4) / 4)  # no overflow
 
 
 # -- lab/report.py ----------------------------------------------------------------------------------------
@@ -3375,7 +3370,7 @@ def test_published_contrasts_agree_with_an_independent_recomputation(published):
                 one = measured[kind]
                 ours = [one.mean, one.low, one.high, one.inner_low, one.inner_high]
                 np.testing.assert_allclose(ours, numbers, rtol=2e-3, atol=1e-4)
-                assert one.verdict == word_by_hand(*numbers, margin, sign), (found.name, kind)
+                assert one.verdict == word_by_hand(*numbers, margin, sign), (found.contrast.name, kind)
 
     checked = 0
     for result in published.results.values():
@@ -3388,7 +3383,7 @@ def test_published_contrasts_agree_with_an_independent_recomputation(published):
         if found:
             study = dataclasses.replace(STUDIES["calibrated"], rule=rule, partial=False, variants=[
                 Variant(name, name) for name in (contrast.a, contrast.b)])
-            for folder in study.folders if rule == "calibrated" else reversed(study.folders):
+            for folder in study.folders:
                 outcomes = runs.collect(published.places[folder], study) if folder in published.places else {}
                 if outcomes and len(outcomes[contrast.a]) == 10:
                     check(found, outcomes, 5, folder)
@@ -3433,8 +3428,11 @@ def test_a_matthews_correlation_is_compared_where_a_study_asks_for_it(fake_place
     result = fake_study(fake_place, "techniques", range(3))
     study = dataclasses.replace(result.study, matthews=True)
     found = report.measure(study, result.outcomes, Contrast("lora", "full"))
-    lora, full = ([100 * stats.matthews(np.argmax(run.record["test"]["logits"], 1), run.record["test"]["labels"])
-                   for run in result.runs(name)] for name in ("lora", "full"))
+
+    def correlation(test):
+        return 100 * matthews(confusion(np.array(test["labels"]), np.argmax(test["logits"], 1), 2))
+
+    lora, full = ([correlation(run.record["test"]) for run in result.runs(name)] for name in ("lora", "full"))
     assert found.matthews == stats.paired(np.subtract(lora, full), comparisons=4, margin=None)
     assert any("Matthews" in row[0] for row in report.contrast_rows([found]))
     assert "Matthews" in report.quality_rows(dataclasses.replace(result, study=study))[0][-2]
@@ -3476,24 +3474,16 @@ def test_few_sentences_and_identical_predictions_have_no_verdict(fake_place, siz
     assert found.verdicts["corrected"].startswith(word)
 
 
-def test_a_study_without_contrasts_says_where_each_series_is_best(fake_place):
-    skills = {6.25e-5: 1, 2.5e-4: 3, 1e-3: 4, 4e-3: 2}
-    for variant in STUDIES["alpha"].variants:
-        fake_record(runs.make_run(fake_place, variant, 0), skills[variant.x])
-    rows = report.best_rows(result_of(fake_place, "alpha"))
-    assert len(rows) == 7 and rows[1] == ["alpha = 16, rank 1", "0.001", "0.001"]
-
-
 def test_a_study_is_shown_where_its_variants_have_runs_and_only_a_partial_one_without_one_of_them(fake_place):
     for name in ("head", "adapter", "lora", "full"):
         fake_record(runs.make_run(fake_place, Variant(name, name), 0, "calibrated"), 1)
     assert list(runs.collect(fake_place, STUDIES["calibrated"])) == ["head", "adapter", "lora", "full"]
     assert runs.collect(fake_place, STUDIES["techniques"]) == {}  # adapters have another rate there
-    (fake_place.out / "gpu").mkdir()
-    gpu = dataclasses.replace(fake_place, out=fake_place.out / "gpu", records={}, outcomes={})
-    fake_study(gpu, "calibrated", [0])
+    (fake_place.out / "head-rate").mkdir()
+    other = dataclasses.replace(fake_place, out=fake_place.out / "head-rate", records={}, outcomes={})
+    fake_study(other, "calibrated", [0])
     found, = [one for one in report.find_results(report.read_places(fake_place.out)) if one.name == "calibrated"]
-    assert found.place.out.name == "gpu" and len(found.outcomes) == 5  # the first folder that has them
+    assert found.place.out.name == "head-rate" and len(found.outcomes) == 5  # the first folder that has them
 
 
 def test_tables_for_a_terminal_are_aligned_within_100_columns():
@@ -3508,26 +3498,24 @@ def test_tables_for_a_terminal_are_aligned_within_100_columns():
 LINES = [*options.TECHNIQUES, "last block + head"]
 LABELS = [plots.look(name)[0] for name in LINES]
 POINTS = {name: [Point(1e-4, 80, 79, 81.5), Point(2e-4, 82, 81, 83), Point(4e-4, 50)] for name in LINES}
-KINDS = {name: [Point("query", 80, 79, 82), Point("query and value", 81)] for name in LINES}
 HISTORY = [{"epoch": epoch, "train_loss": 0.5 / epoch, "dev_loss": 0.4, "train_accuracy": 0.8, "dev_accuracy": 0.8}
            for epoch in (1, 2)]
-ROW = plots.Row("LoRA − full", 0.5, -0.5, 1.5, -0.2, 1.2, "inconclusive")
+FOUND = stats.Comparison(0.5, -0.5, 1.5, -0.2, 1.2, 0.95, "inconclusive", 3)
+ROW = plots.Row("LoRA − full", FOUND, "inconclusive")
 MEMORY = {"full": Memory(91, 91, 182, 400, 780), "lora": Memory(91, 2, 4, 400)}
-PANEL = plots.Panel(POINTS, "learning rate", "accuracy (%)", low=70, high=90, ringed=dict.fromkeys(LINES, 2e-4))
+PANEL = plots.Panel(POINTS, "learning rate", "accuracy (%)", ringed=dict.fromkeys(LINES, 2e-4))
 
 
 @pytest.mark.parametrize("name, arguments, labels", [
     ("curves", (HISTORY[:1], "runs/$a$b"), ["runs/$a$b", "train", "dev"]),
     ("learning_curves", ({name: [HISTORY, HISTORY] for name in LINES}, "a note"), [*LABELS, "train", "dev", "a note"]),
-    ("series", ([[PANEL, plots.Panel(KINDS, "layers", "accuracy", "alpha")]], "a note"),
-     [*LABELS, "alpha", "query", "accuracy", "a note"]),
+    ("series", ([[PANEL, plots.Panel(POINTS, "layers", "accuracy", "alpha")]], "a note"),
+     [*LABELS, "alpha", "layers", "accuracy", "a note"]),
     ("memory", (MEMORY, "fp32"), ["LoRA", "full fine-tuning", "weights", "activations", "measured total", "fp32"]),
-    ("forest", ({"rank": [ROW], "": [ROW]}, "points", "a note"), ["rank", "LoRA − full", "inconclusive"]),
-    ("sensitivity", ({"LoRA": {"loss": [ROW] * 2, "accuracy": []}}, {"plain": "#332288", "corrected": "#009e73"}, "n"),
+    ("forest", ({"rank": [ROW], "86": [ROW]}, "points", "a note"), ["rank", "86", "LoRA − full", "inconclusive"]),
+    ("sensitivity", ({"LoRA": {"loss": [FOUND] * 2, "accuracy": []}}, {"plain": "#332288", "corrected": "#009e73"}, "n"),
      ["LoRA", "loss", "not run", "plain", "corrected"]),
-    ("heat_map", ([[80.12, 50.0], [math.nan, 70.0]], 82.0), ["80.1", "50.0", "70.0", "82.0%"]),
-    ("spectra", ({"full": [[3, 1, 0.1], [2, 1, 1]], "lora": [[1, 0.1]]},),
-     ["full fine-tuning: 90% at rank 2", "LoRA: 90% at rank 1"])])
+    ("heat_map", ([[80.12, 50.0], [math.nan, 70.0]], 82.0), ["80.1", "50.0", "70.0", "82.0%"])])
 def test_every_figure_is_drawn_without_a_warning_and_labels_what_it_is_given(name, arguments, labels, tmp_path):
     with warnings.catch_warnings(action="error"):
         figure = getattr(plots, name)(*arguments, path=tmp_path / "figure.png")
@@ -3541,8 +3529,8 @@ def test_axes_end_at_what_is_possible_and_an_arrow_marks_what_lies_beyond(tmp_pa
                           tmp_path / "s.png")
     low, high = figure.axes[0].get_ylim()
     assert 0 <= low and high == 100
-    wide = plots.Row("a", -20, -900, 40, -300, 10)
-    axis = plots.forest({"": [wide]}, "points", "", tmp_path / "f.png").axes[0]
+    wide = plots.Row("a", stats.Comparison(-20, -900, 40, -300, 10, 0.95, "", 3))
+    axis = plots.forest({"a": [wide]}, "points", "", tmp_path / "f.png").axes[0]
     assert axis.get_xlim()[0] > -120 and "<" in [line.get_marker() for line in axis.lines]
 
 
@@ -3567,8 +3555,7 @@ def test_a_report_trains_nothing_repeats_to_the_byte_and_prints_commands_that_ar
         for power in (-1, 0, 1):
             fake_record(runs.make_run(searched, Variant("head", "head", {"lr": 8e-3 * 2.0 ** power}), fold),
                         4 - abs(power))
-    claim = {"claim": "a claim", "source": "a paper", "measured": "3", "verdict": "confirmed"}
-    write_json(out / "analysis.json", {"claims": [claim | {"figure": None, "command": "c"}]})
+    write_json(out / "analysis.json", {"tasks": {"encoder_mb": 2, "rounds": 1, "runs": [], "command": "a command"}})
     (out / "limits.md").write_text("- A limit of these runs.\n")
     contents = []
     for _ in range(2):
@@ -3578,14 +3565,13 @@ def test_a_report_trains_nothing_repeats_to_the_byte_and_prints_commands_that_ar
     assert contents[0] == contents[1]
     assert contents[0].keys() == {
         "README.md", "analysis.json", "limits.md", "studies/rank.md", "studies/imdb.md", "studies/learning-rates.md",
-        "figures/rank.png", "figures/rank-differences.png", "figures/imdb-differences.png", "figures/imdb-curves.png",
-        "figures/rates.png", "figures/contrasts.png"}
+        "figures/imdb-curves.png", "figures/rates.png", "figures/contrasts.png"}
     readme, pages = contents[0]["README.md"].decode(), b"".join(contents[0].values()).decode(errors="replace")
-    assert "| a claim (a paper) | `c` | 3 | confirmed |" in readme and "- A limit of these runs.\n" in readme
-    assert f"--study rank --folds 2 --precision fp32 --out {out.as_posix()}`" in pages
-    assert f"--test t.csv --max-length 256 --precision fp32 --out {out.as_posix()}/imdb`" in pages
+    assert "| `a command` | " in readme and "- A limit of these runs.\n" in readme
     for command in re.findall(r"`(python compare.py [^`]+)`", pages):
         compare.parse(shlex.split(command)[2:])
+    commands = re.findall(r"`(python train.py [^`]+)`", pages)
+    assert {options.parse(shlex.split(command)[2:]).test for command in commands} == {None, "t.csv"}
 
 
 def test_without_a_search_on_the_user_s_data_the_first_line_says_so_and_names_the_command(
@@ -3605,9 +3591,9 @@ def test_without_a_search_on_the_user_s_data_the_first_line_says_so_and_names_th
     said, readme = capsys.readouterr().out, (fake_place.out / "README.md").read_text()
     assert max(map(len, said.splitlines())) <= 100 and "on my.csv" in said and "not searched" in said.split("\n\n")[0]
     assert "**not searched**" in readme.split("\n\n")[2]
-    assert "Data: my.csv;" in readme and "movie reviews, not" in readme
-    command, = re.findall(r"`(python compare.py --search [^`]+)`", readme)
-    assert compare.main(compare.parse(shlex.split(command)[2:])) == 0
+    assert "Data: my.csv:" in readme and "movie reviews, not" in readme
+    assert "Add `--search`" in readme
+    assert compare.main(compare.parse([*words, "--search"])) == 0
     said, readme = capsys.readouterr().out, (fake_place.out / "README.md").read_text()
     assert "not searched" not in said + readme and "by a search on this data" in readme
     found = read_json(fake_place.out / "comparison.json")["rates"]
@@ -4266,7 +4252,7 @@ def test_a_technique_is_one_file_one_row_and_one_entry(make_settings, tmp_path, 
         write_json(run.path, train.run(run.settings))
         place.add(run.path)
     result = result_of(place, "ia3")
-    assert result.findings[0].name == "IA3 - LoRA" and result.findings[0].accuracy
+    assert result.findings[0].contrast.name == "IA3 - LoRA" and result.findings[0].accuracy
     assert [row[:3] for row in report.quality_rows(result)[1:]] == [["IA3", 1, "0.01"], ["LoRA", 1, "0.01"]]
 
 

@@ -3,17 +3,15 @@
 A series is {name: [Point, ...]}. The name of a technique is replaced by its label, and it has the same colour and
 marker in all figures; any other name is its own label. Accuracies are in per cent, but fractions in histories.
 """
-from dataclasses import astuple, dataclass, field, fields, replace
-from itertools import pairwise
-from textwrap import fill
+from dataclasses import astuple, dataclass, field, fields
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from ..tools.files import atomic
 from ..tools.settings import TECHNIQUES
+from .stats import Comparison
 
 # The colours of Okabe and Ito and of Tol, which colour-blind readers can tell apart.
 LOOKS = [("#009e73", "s"), ("#0072b2", "o"), ("#d55e00", "D"), ("#e69f00", "v"), ("#000000", "^"), ("#cc79a7", "P"),
@@ -28,8 +26,8 @@ STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.spines.top": False, "axes.
 
 @dataclass
 class Point:
-    """A point of a series; low and high are the ends of its error bar or band, or None for neither."""
-    x: float | str
+    """A point of a series; low and high are the ends of a band around it, or None."""
+    x: float
     y: float
     low: float | None = None
     high: float | None = None
@@ -37,31 +35,22 @@ class Point:
 
 @dataclass
 class Panel:
-    """One pair of axes with a measure against a setting. x: numbers, on a log axis if `log`, or strings (categories).
-    low, high: the part that is shown (None: all); a triangle marks a point beyond it. ringed: points to mark,
-    {name: x}. band: fill between low and high instead of bars. The axis ends where the measure does: accuracy at 0 and 100%."""
+    """One pair of axes with a measure against a setting. log: of the x axis. ringed: points to mark, {name: x}. The
+    axis ends where the measure does: accuracy at 0 and 100%."""
     series: dict
     x_label: str
     y_label: str
     title: str = ""
     log: bool = True
-    band: bool = False
-    low: float | None = None
-    high: float | None = None
     ringed: dict = field(default_factory=dict)
 
 
 @dataclass
 class Row:
-    """One paired difference with its interval and the shorter one, as a row of a figure; text stands beside it."""
+    """One paired difference in a figure; text stands beside it."""
     name: str
-    mean: float
-    low: float
-    high: float
-    inner_low: float
-    inner_high: float
+    found: Comparison
     text: str = ""
-    colour: str = INK
 
 
 @dataclass
@@ -90,15 +79,14 @@ def look(name, names=()):
     return label, *LOOKS[index % len(LOOKS)]
 
 
-def finish(figure, path, note="", columns=5):
-    """Add one legend above all axes, in one row of at most `columns` entries or else in rows of three, and a note
-    below; save."""
+def finish(figure, path, note=""):
+    """Add one legend above all axes, and a note below; save."""
     entries = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             entries.setdefault(label, handle)
     if entries:
-        ncols = len(entries) if len(entries) <= columns else 3
+        ncols = len(entries) if len(entries) <= 4 else 3
         figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=ncols)
     figure.supxlabel(note, size=10, parse_math=False)  # a path may hold dollar signs
     with atomic(path) as temporary:
@@ -106,76 +94,48 @@ def finish(figure, path, note="", columns=5):
     return figure
 
 
-def horizontal(axis, names):
-    """Name the rows of a chart of horizontal bars, from top to bottom."""
-    axis.set(yticks=range(len(names)), yticklabels=[look(name)[0] for name in names], ylim=(len(names) - 0.5, -0.5))
-    axis.grid(visible=False, axis="y")
-    axis.tick_params(axis="y", length=0)
-
-
 # -- series against a setting -----------------------------------------------------------------------------
 
-def scale_of_best(series, better, least):
-    """Return (low, high) that shows the best point of each series, with more room on the worse side.
-
-    better: max or min; least: the room is at least this share of the best value.
-    """
-    best = [better(point.y for point in points) for points in series.values()]
-    room = max(max(best) - min(best), least * max(best))
-    below, above = (0.5, 0.15) if better is max else (0.15, 0.5)
-    return min(best) - below * room, max(best) + above * room
+def scale_of_lowest(panels):
+    """Return (low, high) that shows the lowest point of each series, with more room above."""
+    best = [min(point.y for point in points) for panel in panels for points in panel.series.values()]
+    room = max(max(best) - min(best), 0.25 * max(best))
+    return min(best) - 0.15 * room, max(best) + room
 
 
-def draw_panel(axis, panel):
-    """Draw the series of a panel with their error bars or bands, and set the scales."""
-    xs = list(dict.fromkeys(point.x for points in panel.series.values() for point in points))
-    categories = isinstance(xs[0], str)
-    axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
-    if panel.low is not None:
-        axis.set_ylim(panel.low, panel.high)
+def draw_panel(axis, panel, highest):
+    """Draw the series of a panel with their bands; a triangle at `highest` marks a point above it."""
     for name, points in panel.series.items():
         label, colour, marker = look(name, panel.series)
-        table = [(xs.index(point.x) if categories else point.x, *astuple(point)[1:]) for point in points]
-        x, y, low, high = np.array(table, dtype=float).T
-        axis.plot(x, y, "" if categories else "-", color=colour, marker=marker, label=label)
-        if panel.band:
-            axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        else:
-            axis.errorbar(x, (low + high) / 2, (high - low) / 2, fmt="none", color=colour, capsize=3)
+        x, y, *band = np.array([astuple(point) for point in points], dtype=float).T
+        axis.plot(x, y, color=colour, marker=marker, label=label)
+        axis.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
         for point in points:
-            shown = np.clip(point.y, panel.low, panel.high) if panel.low is not None else point.y
+            if point.y > highest:
+                axis.plot(point.x, highest, "^", color=colour, clip_on=False)
             if point.x == panel.ringed.get(name):
-                axis.plot(point.x, shown, "o", markersize=17, markerfacecolor="none", markeredgewidth=2, color=colour,
-                          clip_on=False)
-            if shown != point.y:
-                axis.plot(point.x, shown, "v" if point.y < shown else "^", color=colour, clip_on=False)
-    low, high = axis.get_ylim()
-    axis.set_ylim(max(low, 0), min(high, 100) if "%" in panel.y_label else high)
-    if categories:
-        width = max(9, 80 // len(xs))  # in letters
-        axis.set_xticks(range(len(xs)), [fill(x, width) for x in xs])
-        axis.set_xlim(-0.5, len(xs) - 0.5)
-    elif panel.log:
+                axis.plot(point.x, point.y, "o", markersize=17, markerfacecolor="none", markeredgewidth=2, color=colour)
+    axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+    if panel.log:
         axis.set_xscale("log")
         axis.margins(x=0.08)
-        if len(xs) <= 5 and all(larger > 1.2 * x for x, larger in pairwise(sorted(xs))):
-            axis.set_xticks(xs, [f"{x:,g}" if x < 1e5 else f"{x / 1e6:.3g} M" for x in xs])
-            axis.xaxis.set_minor_locator(NullLocator())
     else:
         axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 @rc_context(STYLE)
-def series(panels, note, path, size=None, sharey=True):
-    """Several panels: [[Panel, ...], ...], a list for each row of the figure. sharey: a row has one scale."""
-    figure, axes = figure_in_style(len(panels), len(panels[0]), size or (9, 1.2 + 3.6 * len(panels)), sharex="col",
-                                   sharey="row" if sharey else False)
+def series(panels, note, path, zoom=False):
+    """Several panels: [[Panel, ...], ...], a list for each row of the figure; a row has one scale. zoom: show the
+    lowest points, as one failed run would hide the differences between all others."""
+    figure, axes = figure_in_style(len(panels), len(panels[0]), (9, 1 + 2.9 * len(panels)), sharex="col", sharey="row")
     for row, line in zip(axes, panels):
+        scale = scale_of_lowest(line) if zoom else None
         for axis, panel in zip(row, line):
-            draw_panel(axis, panel)
-            if sharey:
-                axis.label_outer()
-    return finish(figure, path, note, 4)
+            draw_panel(axis, panel, scale[1] if zoom else np.inf)
+            axis.label_outer()
+        low, high = scale or row[0].get_ylim()  # of all panels in the row
+        row[0].set_ylim(max(low, 0), min(high, 100) if "%" in line[0].y_label else high)
+    return finish(figure, path, f"{note}; triangle at the edge: off the scale" if zoom else note)
 
 
 def over_epochs(rows, name, scale):
@@ -188,31 +148,32 @@ def over_epochs(rows, name, scale):
 
 def curves(history, title, path):
     """One run: loss and accuracy after each epoch, train against dev. history: as in the record; title: below."""
-    panels = [Panel({part: over_epochs(history, f"{part}_{name}", scale) for part in ("train", "dev")}, "epoch", label,
-                    log=False, band=True) for name, scale, label in MEASURES]
-    return series([panels], title, path, (9, 3.8), sharey=False)
+    panels = [[Panel({part: over_epochs(history, f"{part}_{name}", scale) for part in ("train", "dev")}, "epoch", label,
+                     log=False)] for name, scale, label in MEASURES]
+    return series(panels, title, path)
 
 
 def learning_curves(histories, note, path):
     """Loss and accuracy after each epoch for several techniques. histories: {name: [history of a run, ...]}."""
     panels = [[Panel({name: over_epochs(sum(runs, []), f"{part}_{measure}", scale) for name, runs in histories.items()},
-                     "epoch", label, part if measure == "loss" else "", log=False, band=True)
+                     "epoch", label, part if measure == "loss" else "", log=False)
                for part in ("train", "dev")] for measure, scale, label in MEASURES]
-    return series(panels, note, path, (9, 6.5))
+    return series(panels, note, path)
 
 
 # -- differences ------------------------------------------------------------------------------------------
 
-def draw_row(axis, row, place, low, high):
-    """Draw a difference with both of its intervals at a height; an arrow points to what lies beyond low or high."""
-    for ends, width in (((row.low, row.high), 1.3), ((row.inner_low, row.inner_high), 4.5)):
-        axis.plot(np.clip(ends, low, high), (place, place), color=row.colour, linewidth=width, solid_capstyle="butt",
-                  alpha=0.9 if width < 2 else 0.5)
-    if low <= row.mean <= high:
-        axis.plot(row.mean, place, "o", color=row.colour, markersize=6)
-    for end, beyond, marker in ((low, row.low < low, "<"), (high, row.high > high, ">")):
+def draw_difference(axis, found, place, low=-np.inf, high=np.inf, colour=INK):
+    """Draw a stats.Comparison with both of its intervals at a height; an arrow points to what lies beyond low or
+    high."""
+    for ends, width, alpha in (((found.low, found.high), 1.3, 0.9), ((found.inner_low, found.inner_high), 4.5, 0.5)):
+        axis.plot(np.clip(ends, low, high), (place, place), color=colour, linewidth=width, solid_capstyle="butt",
+                  alpha=alpha)
+    if low <= found.mean <= high:
+        axis.plot(found.mean, place, "o", color=colour, markersize=6)
+    for end, beyond, marker in ((low, found.low < low, "<"), (high, found.high > high, ">")):
         if beyond:
-            axis.plot(end, place, marker, color=row.colour, markersize=6, clip_on=False)
+            axis.plot(end, place, marker, color=colour, markersize=6, clip_on=False)
 
 
 def difference_axis(axis, names, ticks=7):
@@ -226,18 +187,21 @@ def difference_axis(axis, names, ticks=7):
 
 
 @rc_context(STYLE)
-def forest(groups, x_label, note, path, limits=(-100, 100)):
-    """Paired differences in points, below each other. groups: {heading: [Row, ...]}; limits: the part that is shown."""
-    lines = [line for heading, rows in groups.items() for line in ([heading] if heading else []) + rows]
-    rows = [line for line in lines if isinstance(line, Row)]
-    figure, [[axis]] = figure_in_style(size=(9.5, 1.5 + (0.3 if len(groups) > 1 else 0.45) * len(lines)))
+def forest(groups, x_label, note, path):
+    """Paired differences in points, below each other. groups: {heading: [Row, ...]}"""
+    lines = []  # a heading or a Row
+    for heading, rows in groups.items():
+        lines += [heading, *rows]
+    ends = [end for line in lines if isinstance(line, Row) for end in (line.found.low, line.found.high)]
+    limit = min(max(2 * np.median(np.abs(ends)), 6), 100)
+    low, high = max(-limit, min(ends)), min(limit, max(ends))
+    figure, [[axis]] = figure_in_style(size=(9.5, 1.5 + 0.3 * len(lines)))
     difference_axis(axis, [line.name if isinstance(line, Row) else line for line in lines])
-    low, high = max(limits[0], min(row.low for row in rows)), min(limits[1], max(row.high for row in rows))
     for place, line in enumerate(lines):
         if isinstance(line, Row):
-            draw_row(axis, line, place, low, high)
-            axis.annotate(line.text.replace("-", "−"), (1.02, place), xycoords=axis.get_yaxis_transform(), va="center",
-                          size=9.5)
+            draw_difference(axis, line.found, place, low, high)
+            axis.annotate(line.text.replace("-", "−"), (1.02, place), xycoords=axis.get_yaxis_transform(),
+                          va="center", size=9.5)
         else:
             axis.get_yticklabels()[place].set_weight("bold")
     low, high = min(low, -1.1), max(high, 1.1)
@@ -247,18 +211,19 @@ def forest(groups, x_label, note, path, limits=(-100, 100)):
 
 @rc_context(STYLE)
 def sensitivity(panels, kinds, note, path):
-    """How differences change with our choices. panels: {title: {rule: [Row for each kind of interval]}}; [] for a rule
-    without runs. kinds: {label: colour}. Panels far from zero have a scale of their own."""
+    """How differences change with our choices. panels: {title: {rule: [Comparison for each kind of interval]}}; [] for
+    a rule without runs. kinds: {label: colour}. Panels far from zero have a scale of their own."""
     figure, [axes] = figure_in_style(1, len(panels), (11, 4.4), sharey=True)
     for axis, (title, rules) in zip(axes, panels.items()):
         difference_axis(axis, list(rules), 5)
+        lowest = 0
         for place, rows in enumerate(rules.values()):
             if not rows:
                 axis.text(0.5, place, "not run", transform=axis.get_yaxis_transform(), ha="center", va="center",
                           color="#888888", style="italic")
-            for step, (row, colour) in enumerate(zip(rows, kinds.values())):
-                draw_row(axis, replace(row, colour=colour), place + 0.22 * (step - 1), -np.inf, np.inf)
-        lowest = min((row.low for rows in rules.values() for row in rows), default=0)
+            for step, (found, colour) in enumerate(zip(rows, kinds.values())):
+                draw_difference(axis, found, place + 0.22 * (step - 1), colour=colour)
+                lowest = min(lowest, found.low)
         axis.set(title=title, xlim=(-2.6, 2.6) if lowest > -2.6 else None)
     for kind, colour in kinds.items():
         axes[0].plot([], [], "o-", color=colour, label=kind)
@@ -281,7 +246,9 @@ def memory(rows, note, path):
         axis.plot(*zip(*measured), "D", color="black", label="measured total")
     axis.set_xlabel("memory of a training step (MB)")
     axis.xaxis.set_major_formatter("{x:,.0f}")
-    horizontal(axis, rows)
+    axis.set(yticks=range(len(rows)), yticklabels=[look(name)[0] for name in rows], ylim=(len(rows) - 0.5, -0.5))
+    axis.grid(visible=False, axis="y")
+    axis.tick_params(axis="y", length=0)
     return finish(figure, path, note)
 
 
@@ -305,25 +272,3 @@ def heat_map(matrix, complete, path):
     axis.grid(visible=False)
     figure.colorbar(image, label="loss of accuracy (points)")
     return finish(figure, path)
-
-
-@rc_context(STYLE)
-def spectra(series, path):
-    """Cumulative energy of the updates W - W0. series: {name: [singular values of one matrix, largest first, ...]}.
-
-    energy(r) = (s_1^2 + ... + s_r^2) / (s_1^2 + ... + s_n^2): the share of the squared Frobenius norm at rank r.
-    """
-    figure, [[axis]] = figure_in_style()
-    for name, matrices in series.items():
-        label, colour, marker = look(name, series)
-        squares = np.square(np.array(matrices, dtype=float))
-        energy = 100 * squares.cumsum(1) / squares.sum(1, keepdims=True)  # (matrices, rank)
-        ranks = np.arange(1, energy.shape[1] + 1)
-        enough = ranks[energy.mean(0) >= 90][0]
-        axis.plot(ranks, energy.mean(0), color=colour, label=f"{label}: 90% at rank {enough}")
-        axis.plot(enough, energy.mean(0)[enough - 1], marker, color=colour)
-        axis.fill_between(ranks, energy.min(0), energy.max(0), color=colour, alpha=0.15, linewidth=0)
-    axis.axhline(90, color=INK, linestyle=":")
-    axis.set(xscale="log", xlabel="rank", ylabel="energy of the update (%)", ylim=(0, 105))
-    axis.xaxis.set_major_formatter("{x:g}")
-    return finish(figure, path, "line: mean over matrices; band: smallest to largest")

@@ -28,7 +28,7 @@ def score(place, record):
     if outcome is None:
         return Scores(np.zeros(1), np.full(1, 99.0), np.full(1, 99.0))
     dev = record["dev"]
-    return Scores(outcome.accuracy / 100, stats.log_losses(dev["logits"], np.array(dev["labels"])), outcome.loss)
+    return Scores(outcome.accuracy / 100, stats.log_losses(np.array(dev["logits"]), dev["labels"]), outcome.loss)
 
 
 def run_of(place, name, search, rate, repeat):

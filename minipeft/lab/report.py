@@ -1,17 +1,16 @@
 """The report of a comparison: verdicts, tables, figures and Markdown, all from records. It trains nothing."""
-import os
 import shlex
 import textwrap
-from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import combinations, compress
 from pathlib import Path
 
 from numpy import nan
 
 from ..tools.files import UserError, read_json, write_text
-from ..tools.settings import TECHNIQUES, common_defaults
-from . import plots, rates, stats
-from .runs import Place, collect, machine, read_place, word
+from ..tools.settings import TECHNIQUES
+from . import analysis, plots, rates, stats
+from .runs import Place, collect, machine, read_place
 from .studies import RULE_NAMES, RULES, SEARCHES, STUDIES, Contrast, Study, Variant, label
 
 ENOUGH = 200  # test sentences, below which a comparison has no verdict
@@ -19,10 +18,10 @@ OPENING = "# Results\n\n`python compare.py --report"  # of every README.md that 
 TOO_SHORT = "These runs are too short to rank the techniques; python compare.py compares them."
 NOT_SEARCHED = """\
 Learning rates were **not searched** on this data: they are train.py's, found on movie reviews, and may favour one
-technique. `{command}` searches them first."""
+technique. Add `--search` to the command to search them first."""
 METHOD = """\
 - Every technique has the same encoder, head, initialisation of the head, order of batches, schedule and epochs.
-- {split}
+- Data: {data}: {sizes} sentences in the first run. {split}
 - Learning rates are chosen on dev alone, {rates}. Test is read once, at the end of a run.
 - Calibrated loss: log loss after dividing the logits by one number, the temperature, fitted on dev predictions.
 - Intervals are paired over folds, Student's t. Folds share training sentences, so the variance of a mean of k folds is
@@ -52,13 +51,6 @@ class Finding:
     left_out: int = 0
 
     @property
-    def name(self):
-        """The two variants; what both begin with is said once."""
-        a, b = label(self.contrast.a), label(self.contrast.b)
-        shared = os.path.commonprefix([a, b]).rpartition(" ")[0]
-        return f"{a} - {b[len(shared):].strip()}"
-
-    @property
     def verdicts(self):
         """{kind of interval: verdict}: that on accuracy, or if it is inconclusive, that on calibrated loss."""
         words = {}
@@ -81,21 +73,16 @@ class Result:
     def runs(self, variant):
         return [outcome for outcome in self.outcomes[variant].values() if outcome]
 
-    def mean_std(self, variant, number, runs=None):
-        """(mean, standard deviation) of a number over runs; (nan, None) if unknown, None if all are equal."""
-        values = [run.numbers[number] for run in runs or self.runs(variant) if run.numbers[number] is not None]
-        return stats.mean_std(values) if len(set(values)) > 1 else (values[0] if values else nan, None)
 
-
-def measure(study, outcomes, contrast, comparisons=None):
-    """The Finding of a contrast, from pairs of finished runs of one machine. comparisons: m (None: of the study)."""
+def measure(study, outcomes, contrast):
+    """The Finding of a contrast, from pairs of finished runs of one machine."""
     a, b = (outcomes.get(name, {}) for name in (contrast.a, contrast.b))
     both = [(a[fold], b[fold]) for fold in a if fold in b and a[fold] and b[fold]]
     pairs = [(one, other) for one, other in both if machine(one.record) == machine(other.record)]
     found = Finding(contrast, {}, {}, left_out=len(a.keys() & b.keys()) - len(pairs))
     if not pairs or len(pairs[0][0].accuracy) < 2:
         return found
-    seeds, m = "test" in pairs[0][0].record["settings"], comparisons or len(study.contrasts)
+    seeds, m = "test" in pairs[0][0].record["settings"], len(study.contrasts)
     over_folds = len(pairs) > 1 and study.part == "test" and not seeds
     for kind in stats.INTERVALS if over_folds else ["corrected"]:
         rule = {"part": study.part, "seeds": seeds, "interval": kind, "comparisons": m}
@@ -111,14 +98,19 @@ def measure(study, outcomes, contrast, comparisons=None):
     return found
 
 
+def places_of(study, places):
+    """Where the records of a study may be, in order. places: as of read_places"""
+    here = [places[folder] for folder in study.folders if folder in places]
+    if "" in places and places[""].out.name in study.folders:
+        here.append(places[""])
+    return here
+
+
 def find_results(places):
     """The Result of every study that the records of these places complete, in the order of STUDIES."""
     results = []
     for name, study in STUDIES.items():
-        here = [places[folder] for folder in study.folders if folder in places]
-        if "" in places and places[""].out.name in study.folders:
-            here.append(places[""])
-        for place in here:
+        for place in places_of(study, places):
             outcomes = collect(place, study)
             if outcomes:
                 contrasts = () if place.quick else study.contrasts
@@ -129,20 +121,15 @@ def find_results(places):
 
 
 def agree(verdicts):
-    """(the verdict that all share, what it depends on: ""), or ("depends", "the rule" or "the interval" or both).
+    """(the verdict that all share, ""), or ("depends", what it depends on: "the rule", "the interval" or both).
 
-    verdicts: {(rule, kind of interval): verdict}
+    verdicts: {(rule, kind of interval): verdict}. It depends on the rule if two rules differ for one interval.
     """
-    def differ(place):
-        """True if verdicts with the same other choice differ."""
-        groups = {}
-        for choice, verdict in verdicts.items():
-            groups.setdefault(choice[1 - place], set()).add(verdict)
-        return any(len(group) > 1 for group in groups.values())
-
     if len(set(verdicts.values())) == 1:
         return next(iter(verdicts.values())), ""
-    return "depends", " and ".join(name for place, name in enumerate(("the rule", "the interval")) if differ(place))
+    pairs = [(a, b) for a, b in combinations(verdicts, 2) if verdicts[a] != verdicts[b]]
+    by_rule, by_interval = (any(a[same] == b[same] for a, b in pairs) for same in (1, 0))
+    return "depends", " and ".join(compress(("the rule", "the interval"), (by_rule, by_interval)))
 
 
 def sensitivity(places):
@@ -152,8 +139,7 @@ def sensitivity(places):
         for rule in RULES:
             study = replace(main, variants=[Variant(name, name) for name in (contrast.a, contrast.b)], rule=rule,
                             partial=False)
-            order = main.folders if rule == main.rule else reversed(main.folders)  # the other rules were run first
-            runs = [collect(places[folder], study) for folder in order if folder in places]
+            runs = [collect(place, study) for place in places_of(main, places)]
             whole = [outcomes for outcomes in runs if outcomes and len(outcomes[contrast.a]) == main.folds]
             found[contrast, rule] = measure(main, whole[0], contrast) if whole else None
     return found
@@ -174,23 +160,27 @@ def markdown(rows):
 
 
 def aligned(rows, width=100):
-    """A table for a terminal, as lines of at most `width` columns; the widest column is wrapped if need be."""
+    """A table for a terminal, as lines of at most `width` columns; long names in the first column are wrapped."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
-    widest = max(range(len(widths)), key=widths.__getitem__)
-    widths[widest] -= max(sum(widths) + 2 * (len(widths) - 1) - width, 0)
+    widths[0] = min(widths[0], width - sum(widths[1:]) - 2 * len(widths[1:]))
     lines = []
-    for row in rows:
-        parts = [textwrap.wrap(str(cell), room) or [""] for cell, room in zip(row, widths)]
-        for step in range(max(map(len, parts))):
-            cells = [part[step] if step < len(part) else "" for part in parts]
-            lines.append("  ".join(f"{cell:<{room}}" for cell, room in zip(cells, widths)).rstrip())
+    for name, *cells in rows:
+        first, *rest = textwrap.wrap(name, widths[0]) or [""]
+        lines.append("  ".join(f"{cell:<{room}}" for cell, room in zip([first, *cells], widths)).rstrip())
+        lines += rest
     return lines
 
 
-def signed(row, digits=2, inner=False):
+def signed(row, digits=2):
     """A difference with its interval, as "+0.10 [-1.68, +1.88]"."""
-    low, high = (row.inner_low, row.inner_high) if inner else (row.low, row.high)
-    return f"{row.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"{row.mean:+.{digits}f} [{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
+
+
+def with_level(row, equivalence=False):
+    """The same with the level of the interval; equivalence: the interval that decides on it"""
+    if equivalence:
+        row = replace(row, low=row.inner_low, high=row.inner_high, level=2 * row.level - 1)
+    return f"{signed(row)} at {100 * row.level:.4g}%"
 
 
 # Columns: {key of Outcome.numbers: (heading, format)}.
@@ -198,21 +188,29 @@ QUALITY = {"lr": ("learning rate", "g"), "technique": ("technique parameters", "
            "head": ("head parameters", ",.0f"), "share": ("trained", ".2%"),
            "train_accuracy": ("train accuracy", ".1%"), "dev_accuracy": ("dev accuracy", ".1%"),
            "accuracy": ("{} accuracy (%)", ".2f"), "calibrated": ("{} calibrated loss", ".4f"),
-           "loss": ("{} raw loss", ".3f"), "error": ("{} calibration error", ".1%")}
-MATTHEWS = {"matthews": ("{} Matthews correlation x 100", ".1f")}
+           "loss": ("{} raw loss", ".3f")}
 COST = {"train_seconds": ("training (s)", ",.0f"), "step_milliseconds": ("a step (ms)", ",.0f"),
         "peak_memory_mb": ("peak memory (MB)", ",.0f"), "saved_mb": ("saved (MB)", ".2f")}
-SHORT = {name: QUALITY[name] for name in ("lr", "share", "accuracy", "calibrated")} | {
-    "train_seconds": COST["train_seconds"]}
+SHORT = {"lr": ("lr", "g"), "share": ("trained", ".2%"), "accuracy": ("accuracy (%)", ".2f"),
+         "calibrated": ("calibrated loss", ".4f"), "train_seconds": ("training (s)", ",.0f")}
+
+
+def mean_std(runs, number):
+    """(mean, standard deviation) of a number over runs; (nan, None) if unknown, None if all are equal."""
+    values = [run.numbers[number] for run in runs if run.numbers[number] is not None]
+    if len(set(values)) > 1:
+        return stats.mean_std(values)
+    return values[0] if values else nan, None
 
 
 def number_rows(result, columns, groups=None):
     """A table of means ± standard deviations, one row a variant. groups: {variant: runs} (None: all finished runs)"""
+    groups = groups or {name: result.runs(name) for name in result.outcomes}
     rows = [["", "runs", *(heading.format(result.study.part) for heading, _ in columns.values())]]
-    for name in groups or result.outcomes:
-        runs, cells = groups[name] if groups else result.runs(name), []
+    for name, runs in groups.items():
+        cells = []
         for number, (_, form) in columns.items():
-            mean, std = result.mean_std(name, number, runs) if runs else (nan, None)
+            mean, std = mean_std(runs, number)
             cells.append(f"{mean:{form}} ± {std:{form}}" if std else f"{mean:{form}}")
         rows.append([label(name), len(runs), *cells])
     return rows
@@ -220,9 +218,11 @@ def number_rows(result, columns, groups=None):
 
 def quality_rows(result):
     """Size, accuracy, loss and calibration of each variant, and how many runs have failed."""
-    columns = QUALITY | (MATTHEWS if result.study.matthews else {})
+    columns = dict(QUALITY)
     if any(run.numbers["head_lr"] for name in result.outcomes for run in result.runs(name)):
-        columns = {"lr": QUALITY["lr"], "head_lr": ("rate of the head", "g")} | columns
+        columns["head_lr"] = ("rate of the head", "g")
+    if result.study.matthews:
+        columns["matthews"] = ("{} Matthews correlation x 100", ".1f")
     heading, *rows = number_rows(result, columns)
     failed = [len(folds) - len(result.runs(name)) for name, folds in result.outcomes.items()]
     return [[*heading, "failed runs"], *([*row, number] for row, number in zip(rows, failed))]
@@ -235,16 +235,14 @@ def contrast_rows(findings):
     for found in findings:
         pairs = f"{found.left_out} left out (failed, or of two machines)" if found.left_out else ""
         if not found.accuracy:
-            rows.append([found.name, *[""] * 6, f"none; {pairs}" if pairs else "none"])
+            rows.append([found.contrast.name, *[""] * 6, f"none; {pairs}" if pairs else "none"])
             continue
         accuracy, loss, (_, *others) = found.accuracy["corrected"], found.loss["corrected"], found.verdicts.values()
-        levels = [f"{signed(accuracy, 2, inner)} at {100 * level:.4g}%"
-                  for inner, level in ((False, accuracy.level), (True, 2 * accuracy.level - 1))]
         number = "one run" if accuracy.runs == 1 else str(accuracy.runs)
-        rows.append([found.name, *levels, accuracy.verdict, signed(loss, 4), loss.verdict, "; ".join(others),
-                     f"{number}; {pairs}" if pairs else number])
+        rows.append([found.contrast.name, with_level(accuracy), with_level(accuracy, True), accuracy.verdict,
+                     signed(loss, 4), loss.verdict, "; ".join(others), f"{number}; {pairs}" if pairs else number])
         if found.matthews:
-            rows.append([f"{found.name}, Matthews correlation x 100", signed(found.matthews), "",
+            rows.append([f"{found.contrast.name}, Matthews correlation x 100", signed(found.matthews), "",
                          found.matthews.verdict, "", "", "", number])
     return rows
 
@@ -260,31 +258,20 @@ def said(found):
 def short_rows(findings):
     """The contrasts for a terminal."""
     return [["", "accuracy (points)", "verdict"], *(
-        [found.name, signed(found.accuracy["corrected"]) if found.accuracy else "no pair of runs", said(found)]
+        [found.contrast.name, signed(found.accuracy["corrected"]) if found.accuracy else "no pair of runs", said(found)]
         for found in findings)]
 
 
 def on_one_machine(result):
     """(the machine with the most runs, {variant: its runs there}): what costs are averaged over."""
-    def where_of(run):
-        return *machine(run.record, "threads"), run.record["machine"].get("jobs", 1), run.record["versions"]["torch"]
-
-    groups = {name: result.runs(name) for name in result.outcomes}
-    [(most, _)] = Counter(where_of(run) for runs in groups.values() for run in runs).most_common(1)
-    groups = {name: [run for run in runs if where_of(run) == most] for name, runs in groups.items()}
-    words = "{}, {}, {}, threads: {}, runs at a time: {}, torch {}".format(*most)
-    return words, {name: runs for name, runs in groups.items() if runs}
-
-
-def best_rows(result):
-    """For a study without contrasts: where each series is best."""
-    rows = [["", "lowest calibrated loss at", "highest accuracy at"]]
-    for panel, measures in panels_of(result).items():
-        for name, points in measures["calibrated"].items():
-            most = max(point.y for point in measures["accuracy"][name])
-            rows.append([f"{panel}, {name}", f"{min(points, key=lambda point: point.y).x:g}",
-                         " and ".join(f"{point.x:g}" for point in measures["accuracy"][name] if point.y == most)])
-    return rows
+    groups = {}
+    for name in result.outcomes:
+        for run in result.runs(name):
+            where = (*machine(run.record, "threads"), run.record["machine"].get("jobs", 1),
+                     run.record["versions"]["torch"])
+            groups.setdefault(where, {}).setdefault(name, []).append(run)
+    most = max(groups, key=lambda where: sum(map(len, groups[where].values())))
+    return "{}, {}, {}, threads: {}, runs at a time: {}, torch {}".format(*most), groups[most]
 
 
 # -- figures ----------------------------------------------------------------------------------------------
@@ -293,85 +280,50 @@ def data_name(place):
     return Path(place.common["data"]).name if place.common["data"] else "movie reviews"
 
 
-def row_of(name, compared, text="", colour=plots.INK):
-    return plots.Row(name, compared.mean, compared.low, compared.high, compared.inner_low, compared.inner_high, text,
-                     colour)
-
-
-def forest_rows(findings):
-    return [row_of(found.name.replace(" - ", " − "), found.accuracy["corrected"],
-                   f"{signed(found.accuracy['corrected'])}  {said(found)}") for found in findings if found.accuracy]
-
-
-def panels_of(result):
-    """The points of a study: {panel: {"accuracy" or "calibrated": {series: points}}}. A point of accuracy has the
-    interval of its difference to the reference, if the study has one reference for all others."""
-    bars = {found.contrast.a: found.accuracy["corrected"] for found in result.findings if found.accuracy}
-    single = len({found.contrast.b for found in result.findings}) == 1
-    panels = {}
-    for variant in result.study.variants:
-        for number in ("accuracy", "calibrated") if result.runs(variant.name) else ():
-            y, _ = result.mean_std(variant.name, number)
-            bar = bars.get(variant.name) if single and number == "accuracy" else None
-            ends = (y + bar.low - bar.mean, y + bar.high - bar.mean) if bar else (None, None)
-            points = panels.setdefault(variant.panel, {}).setdefault(number, {})
-            points.setdefault(variant.series or variant.name, []).append(plots.Point(variant.x, y, *ends))
-    return panels
-
-
 def draw(result, figures):
     """Draw the figures of a study. Returns their names."""
-    study, names, where = result.study, [], f"{data_name(result.place)}, {result.study.part}"
-
-    def path(kind=""):
-        names.append(f"{result.name}{kind}.png")
-        return figures / names[-1]
-
-    rows = forest_rows(result.findings)
-    if rows:
-        level = 100 * next(found.accuracy["corrected"].level for found in result.findings if found.accuracy)
-        plots.forest({"": rows}, "difference in accuracy (points)", f"{where}. Thin line: {level:.4g}% interval; "
-                     f"thick: {2 * level - 100:.4g}%, which decides on equivalence (shaded: ±1 point)",
-                     path("-differences"))
+    study, names = result.study, []
     if study.x_label:
-        number, y_label = ("accuracy", "accuracy (%)") if study.contrasts else ("calibrated", "calibrated loss (nats)")
-        panels, note = {name: measures[number] for name, measures in panels_of(result).items()}, where
-        low = high = None
-        if study.contrasts and rows:
-            note += f"; bars: {level:.4g}% interval of the paired difference to {label(study.contrasts[0].b)}"
-        elif number == "calibrated":  # a run that has not learnt anything would hide all others
-            low, high = plots.scale_of_best({(panel, name): points for panel, series in panels.items()
-                                             for name, points in series.items()}, min, 0.3)
-            note += "; triangle at the edge: off the scale"
-        plots.series([[plots.Panel(series, study.x_label, y_label, panel, low=low, high=high)
-                       for panel, series in panels.items()]], note, path())
+        names.append(f"{result.name}.png")
+        panels = {}
+        for variant in study.variants:
+            if result.runs(variant.name):
+                point = plots.Point(variant.x, mean_std(result.runs(variant.name), "calibrated")[0])
+                panels.setdefault(variant.panel, {}).setdefault(variant.series, []).append(point)
+        plots.series([[plots.Panel(series, study.x_label, "calibrated loss (nats)", name)
+                       for name, series in panels.items()]], f"{data_name(result.place)}, {study.part}",
+                     figures / names[-1], not study.contrasts)
     if study.costs:
+        names.append(f"{result.name}-curves.png")
         histories = {name: [run.record["history"] for run in result.runs(name)] for name in result.outcomes}
         note = "; line: mean over runs; band: smallest to largest" if max(map(len, histories.values())) > 1 else ""
         plots.learning_curves({name: runs for name, runs in histories.items() if runs}, data_name(result.place) + note,
-                              path("-curves"))
+                              figures / names[-1])
     return names
+
+
+def draw_contrasts(results, path):
+    """Draw all contrasts on test; of the two main studies one. False if there are none."""
+    names, groups = {result.name for result in results}, {}
+    for result in results:
+        rows = [plots.Row(found.contrast.name.replace(" - ", " − "), found.accuracy["corrected"],
+                          f"{signed(found.accuracy['corrected'])}  {said(found)}")
+                for found in result.findings if found.accuracy]
+        if rows and result.study.part == "test" and not (result.name == "techniques" and "calibrated" in names):
+            groups[result.study.title or result.name] = rows
+    if groups:
+        plots.forest(groups, "difference in test accuracy (points)", "thin line: for a difference; thick: for "
+                     "equivalence (shaded: ±1 point); arrow: beyond the axis", path)
+    return bool(groups)
 
 
 # -- Markdown ---------------------------------------------------------------------------------------------
 
-def command_of(place, plans, *words):
-    """The command line with these words that makes runs of this place. plans: the variants or searches that it runs,
-    which set some options themselves."""
-    words, default = list(words), common_defaults()
-    taken = set().union(*(plan.options for plan in plans))
-    for name, value in place.common.items():
-        if value != default[name] and name not in taken:
-            words += "--" + name.replace("_", "-"), word(value)
-    return shlex.join(["python", "compare.py", *words, "--out", place.out.as_posix()])
-
-
 def study_page(result, figures):
-    """The page of a study, as lines. figures: the names of its figures"""
-    study, folds = result.study, max(map(len, result.outcomes.values()))
-    lines = [f"# {result.name}", "", f"{study.question} ({study.source})", "",
-             f"`{command_of(result.place, study.variants, '--study', result.name, '--folds', str(folds))}`", ""]
-    lines += [f"Rates: {RULES[study.rule]}.", ""]
+    """The page of a study, as lines. Draws its figures."""
+    study, runs = result.study, [run for name in result.outcomes for run in result.runs(name)]
+    out = shlex.quote(result.place.out.as_posix())
+    lines = [f"# {result.name}", "", f"{study.question} ({study.source})", "", f"Rates: {RULES[study.rule]}.", ""]
     if study.caveat:
         lines += [f"Mind: {study.caveat}.", ""]
     absent = [label(variant.name) for variant in study.variants if variant.name not in result.outcomes]
@@ -379,92 +331,93 @@ def study_page(result, figures):
         lines += [f"Not run: {', '.join(absent)}.", ""]
     if result.place.quick:
         lines += [TOO_SHORT, ""]
-    elif study.contrasts:
+    if runs:
+        lines += [f"`python compare.py --study {result.name} --out {out}`, with the options of its runs, such as "
+                  f"`{runs[0].record['command']}`.", ""]
+    if result.findings:
         lines += [*markdown(contrast_rows(result.findings)), ""]
-    else:
-        lines += [*markdown(best_rows(result)), ""]
     lines += [*markdown(quality_rows(result)), ""]
-    if study.costs:
+    if study.costs and runs:
         words, groups = on_one_machine(result)
         lines += [f"Costs on {words}:", "", *markdown(number_rows(result, COST, groups)), ""]
-    return [*lines, *(f"![{name}](../figures/{name})" for name in figures)]
+    return [*lines, *(f"![{name}](../figures/{name})" for name in draw(result, figures))]
+
+
+def find_scores(places, name):
+    """(the Scores of a search by rate, the number of its runs); ({}, 0) without any."""
+    place = places.get(SEARCHES[name].folder)
+    found = rates.find(place, name) if place else {}
+    return rates.average(found), sum(map(len, found.values()))
 
 
 def rates_page(places, figures):
     """The page of the searches of learning rates, as lines; [] without any. Draws their figure."""
     chosen = [["search", "runs", *(f"{rule}: {words}" for rule, words in RULES.items())]]
-    tried, drawn = [["search", "rate", "dev accuracy", "raw loss", "calibrated loss"]], {}
-    for name, search in SEARCHES.items():
-        found = rates.find(places[search.folder], name) if search.folder in places else {}
-        scores = rates.average(found)
+    tried, drawn, ringed = [["search", "rate", "dev accuracy", "raw loss", "calibrated loss"]], {}, {}
+    for name in SEARCHES:
+        scores, runs = find_scores(places, name)
         if not scores:
             continue
         means, shares = rates.over_sentences(scores), rates.bootstrap(scores)
-        picks = [f"{rate:g} ({shares[rule].get(rate, 0):.0%})" for rule, rate in rates.choose(means).items()]
-        chosen.append([name, sum(map(len, found.values())), *picks])
+        picks = rates.choose(means)
+        chosen.append([name, runs, *(f"{rate:g} ({shares[rule].get(rate, 0):.0%})" for rule, rate in picks.items())])
         tried += [[name, f"{rate:g}", f"{row.accuracy:.2%}", f"{row.loss:.4f}", f"{row.calibrated:.4f}"]
                   for rate, row in means.items()]
         if name in TECHNIQUES:
-            drawn[name] = means
+            drawn[name] = [plots.Point(rate, row.calibrated) for rate, row in means.items()]
+            ringed[name] = picks["calibrated"]
     if len(chosen) == 1:
         return []
+    lines = ["# Learning rates", "", "Searched on dev, folds 0 to 2. In brackets: how often the rule chooses this rate "
+             "if the dev sentences are drawn anew (bootstrap).", "", *markdown(chosen), ""]
     if drawn:
-        panels = []
-        for number, y_label, better, scale, rule in (
-                ("accuracy", "dev accuracy (%)", max, 100, "highest"),
-                ("calibrated", "calibrated dev loss (nats)", min, 1, "calibrated")):
-            series = {name: [plots.Point(rate, scale * getattr(row, number)) for rate, row in means.items()]
-                      for name, means in drawn.items()}
-            low, high = plots.scale_of_best(series, better, 0.05 if better is max else 0.2)
-            panels.append([plots.Panel(series, "learning rate", y_label, low=low, high=high,
-                                       ringed={name: rates.choose(means)[rule] for name, means in drawn.items()})])
-        plots.series(panels, "mean of folds 0 to 2; ring: the best; triangle at the edge: off the scale",
-                     figures / "rates.png", (9, 8))
-    return ["# Learning rates", "", "Searched on dev, folds 0 to 2. In brackets: how often the rule chooses this rate "
-            "if the dev sentences are drawn anew (bootstrap).", "", *markdown(chosen), "",
-            *(["![rates.png](../figures/rates.png)", ""] if drawn else []), *markdown(tried)]
+        panel = plots.Panel(drawn, "learning rate", "calibrated dev loss (nats)", ringed=ringed)
+        plots.series([[panel]], "mean of folds 0 to 2; ring: the best", figures / "rates.png", zoom=True)
+        lines += ["![rates.png](../figures/rates.png)", ""]
+    return [*lines, *markdown(tried)]
 
 
 def sensitivity_lines(cells, places, figures):
     """The verdicts on the main contrasts and the table of what they depend on, as lines. Draws its figure."""
-    shares = {}
-    for name in TECHNIQUES:
-        place = places.get(SEARCHES[name].folder)
-        scores = rates.average(rates.find(place, name)) if place else {}
-        shares[name] = rates.bootstrap(scores) if scores else {}
+    scores = {name: find_scores(places, name)[0] for name in TECHNIQUES}
+    shares = {name: rates.bootstrap(found) for name, found in scores.items() if found}
 
     def rate_and_share(name, rule):
         rate = getattr(SEARCHES[name], rule)
-        return f"{rate:g}" + (f" ({shares[name][rule].get(rate, 0):.0%})" if shares[name] else "")
+        return f"{rate:g} ({shares[name][rule].get(rate, 0):.0%})" if name in shares else f"{rate:g}"
 
     rows = [["", "rule for the rates", "rates (how often a bootstrap of dev chooses them)", "accuracy (points)",
              *stats.INTERVALS.values(), "calibrated loss"]]
-    panels, lines = {}, []
+    panels = {}
     for (contrast, rule), found in cells.items():
-        name = f"{label(contrast.a)} - {label(contrast.b)}"
-        if rule == next(iter(RULES)):
-            verdict, depends = agree_on(cells, contrast)
-            lines.append(f"- {name}: **{verdict}**" + (f" on {depends}" if depends else ""))
-        row = [name, RULE_NAMES[rule], " - ".join(rate_and_share(one, rule) for one in (contrast.a, contrast.b))]
+        measured = []
+        row = [contrast.name, RULE_NAMES[rule],
+               f"{rate_and_share(contrast.a, rule)} - {rate_and_share(contrast.b, rule)}"]
         if found:
             row += [signed(found.accuracy["corrected"]), *found.verdicts.values(), signed(found.loss["corrected"], 4)]
-        rows.append(row if found else [*row, "not run", *[""] * (len(stats.INTERVALS) + 1)])
-        panel = panels.setdefault(name.replace(" - ", "\n− "), {})
-        measured = found.accuracy.values() if found else ()
-        panel[textwrap.fill(RULE_NAMES[rule], 10)] = [row_of("", one) for one in measured]
+            measured = list(found.accuracy.values())
+        else:
+            row += ["not run", *[""] * (len(stats.INTERVALS) + 1)]
+        rows.append(row)
+        panels.setdefault(contrast.name.replace(" - ", "\n− "), {})[textwrap.fill(RULE_NAMES[rule], 10)] = measured
     plots.sensitivity(panels, dict(zip(stats.INTERVALS.values(), ("#332288", "#d55e00", "#009e73"))),
                       "difference in test accuracy (points); thin line: for a difference, thick: for equivalence "
                       "(shaded: ±1 point)", figures / "sensitivity.png")
+    lines = []
+    for contrast in STUDIES["calibrated"].contrasts:
+        verdict, depends = agree_on(cells, contrast)
+        lines.append(f"- {contrast.name}: **{verdict}**" + (f" on {depends}" if depends else ""))
     return [*lines, "", "![What the verdicts depend on](figures/sensitivity.png)", "", *markdown(rows)]
 
 
 def claim_rows(results, cells, out):
-    """The table of claims, one claim a row."""
+    """The table of claims, one claim a row. Draws the figures of OUT/analysis.json."""
     rows = [["claim", "ours", "difference in accuracy (points)", "verdict", "depends on"]]
     for result in results:
         for found in result.findings:
             if not found.contrast.claim:
                 continue
+            ours = f"[{result.name}](studies/{result.name}.md): {found.contrast.name}"
             if result.name == "calibrated":
                 verdict, depends = agree_on(cells, found.contrast)
             else:
@@ -472,16 +425,14 @@ def claim_rows(results, cells, out):
             difference = "not run by this rule"
             if found.accuracy:
                 accuracy = found.accuracy["corrected"]
-                inner = accuracy.verdict.startswith("equivalent")
-                level = 2 * accuracy.level - 1 if inner else accuracy.level
-                difference = f"{signed(accuracy, 2, inner)} at {100 * level:.4g}%"
-            rows.append([found.contrast.claim, f"[{result.name}](studies/{result.name}.md): {found.name}", difference,
-                         verdict, "; ".join(part for part in (depends, result.study.caveat) if part)])
-    if (out / "analysis.json").is_file():
-        for row in read_json(out / "analysis.json", ["claims"])["claims"]:
-            link = f"[figure]({row['figure']}), " if row["figure"] else ""
-            rows.append([f"{row['claim']} ({row['source']})", f"{link}`{row['command']}`", row["measured"],
-                         row["verdict"], ""])
+                difference = with_level(accuracy, accuracy.verdict.startswith("equivalent"))
+            rows.append([found.contrast.claim, ours, difference, verdict,
+                         "; ".join(part for part in (depends, result.study.caveat) if part)])
+    path = out / "analysis.json"
+    for row in analysis.publish(out, read_json(path)) if path.is_file() else []:
+        link = f"[figure]({row['figure']}), " if row["figure"] else ""
+        rows.append([f"{row['claim']} ({row['source']})", f"{link}`{row['command']}`", row["measured"], row["verdict"],
+                     ""])
     return rows
 
 
@@ -489,20 +440,17 @@ def describe_method(results):
     """The method of these runs, in words."""
     place = results[0].place
     record = next(run.record for runs in results[0].outcomes.values() for run in runs.values() if run)
-    sizes = ", ".join(f"{record['sentences'][part]:,} {words}" for part, words in (
-        ("train", "training"), ("dev", "dev"), ("test", "test")))
-    split = (f"Data: {data_name(place)}; the first run has {sizes} sentences. The hash of a text puts it into one of "
-             "eleven parts.\n  Part 10 is dev; fold i tests on part i, the other nine are for training.")
+    sizes = "{train:,} training, {dev:,} dev, {test:,} test".format(**record["sentences"])
+    split = ("The hash of a text puts it\n  into one of eleven parts. Part 10 is dev; fold i tests on part i, the "
+             "other nine are for training.")
     if place.common["test"]:
-        split = (f"Data: {data_name(place)}, tested on {Path(place.common['test']).name}: {sizes} sentences. The hash "
-                 "of a text\n  decides whether it is dev. Runs differ in their seed.")
+        split = f"Test: {Path(place.common['test']).name}. Runs differ in their seed."
+    words = "on folds 0 to 2, by factors of 2;\n  main rule: the lowest calibrated loss; the others are beside it"
     if place.rates:
         words = "by a search on this data: factors of 4, fold 0, the lowest calibrated loss"
     elif place.common["data"]:
         words = "on the movie reviews, not on this data"
-    else:
-        words = "on folds 0 to 2, by factors of 2;\n  main rule: the lowest calibrated loss; the others are beside it"
-    return METHOD.format(split=split, rates=words, enough=ENOUGH)
+    return METHOD.format(data=data_name(place), sizes=sizes, split=split, rates=words, enough=ENOUGH)
 
 
 def read_places(out):
@@ -525,18 +473,16 @@ def own_text(out, name):
 
 def not_searched(result):
     """A warning if the rates are train.py's, which were found on other data; else ""."""
-    if result.study.rule != "doubling" or not result.place.common["data"] or result.place.rates:
-        return ""
-    return NOT_SEARCHED.format(command=command_of(result.place, [], "--search"))
+    searched = result.study.rule != "doubling" or result.place.rates or not result.place.common["data"]
+    return "" if searched else NOT_SEARCHED
 
 
 def tables(result, form):
     """A study in two short tables, as lines. form: `markdown` or `aligned`"""
+    lines = form(number_rows(result, SHORT))
     if result.place.quick:
-        lines = [TOO_SHORT]
-    else:
-        lines = form(short_rows(result.findings) if result.findings else best_rows(result))
-    return [*lines, "", *form(number_rows(result, SHORT))]
+        return [TOO_SHORT, "", *lines]
+    return [*form(short_rows(result.findings)), "", *lines] if result.findings else lines
 
 
 def in_terminal(result):
@@ -559,22 +505,14 @@ def report(out):
         if result.place.out == out and not_searched(result):
             lines += [not_searched(result), ""]
     lines += [*own_text(out, "answer"), ""]
-    drawn = {result.name: draw(result, figures) for result in results}
-    for result in results:
-        write_text(out / "studies" / f"{result.name}.md", "\n".join([*study_page(result, drawn[result.name]), ""]))
-    groups = {result.name: forest_rows(result.findings) for result in results if result.study.part == "test"}
-    groups = {name: rows for name, rows in groups.items() if rows}
-    if len(groups) > 1:
-        plots.forest(groups, "difference in test accuracy (points)", "thin line: for a difference; thick: for "
-                     "equivalence (shaded: ±1 point); arrow: beyond the axis", figures / "contrasts.png", (-6, 6))
+    if draw_contrasts(results, figures / "contrasts.png"):
         lines += ["![All contrasts](figures/contrasts.png)", ""]
     cells = sensitivity(places)
     if sum(bool(found) for found in cells.values()) > len(RULES):
         lines += ["## What the verdicts depend on", "", *sensitivity_lines(cells, places, figures), ""]
     else:
         for result in results:
-            lines += [f"## {result.name}", "", *tables(result, markdown), "",
-                      *(f"![{name}](figures/{name})" for name in drawn[result.name]), ""]
+            lines += [f"## {result.name}", "", *tables(result, markdown), ""]
     claims = claim_rows(results, cells, out)
     if len(claims) > 1:
         lines += ["## Claims", "", *markdown(claims), ""]
@@ -585,6 +523,8 @@ def report(out):
     if searches:
         write_text(out / "studies" / "learning-rates.md", "\n".join([*searches, ""]))
         lines += ["- [learning rates](studies/learning-rates.md)"]
-    lines += [f"- [{result.name}](studies/{result.name}.md): {result.study.question}" for result in results]
+    for result in results:
+        write_text(out / "studies" / f"{result.name}.md", "\n".join([*study_page(result, figures), ""]))
+        lines.append(f"- [{result.name}](studies/{result.name}.md): {result.study.question}")
     write_text(out / "README.md", "\n".join([*lines, ""]))
     return results

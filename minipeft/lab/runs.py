@@ -9,7 +9,6 @@ import time
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from ..bert import read_config
 from ..tools import checkpoint, download, texts
 from ..tools.fast import choose_compute, processor
 from ..tools.files import UserError, read_json, write_json
+from ..tools.metrics import confusion, matthews
 from ..tools.settings import command, common_defaults, defaults
 from . import stats
 from .studies import RULES, SEARCHES
@@ -53,21 +53,20 @@ def evaluate(record, part):
     """The Outcome of a finished run on "test" or "dev"."""
     parameters, metrics, dev, judged = (record[name] for name in ("parameters", "metrics", "dev", part))
     logits, labels = np.array(judged["logits"]), np.array(judged["labels"])
-    right = 100.0 * (logits.argmax(1) == labels)
+    predicted = logits.argmax(1)
+    right = 100.0 * (predicted == labels)
     losses = stats.log_losses(logits / stats.temperature(dev["logits"], dev["labels"]), labels)
     return Outcome(record, right, losses, {
         **metrics, **parameters, "lr": record["settings"]["lr"], "head_lr": record["settings"].get("head_lr"),
         "share": parameters["trainable"] / parameters["total"], "saved_mb": metrics["saved_bytes"] / 1e6,
-        "accuracy": right.mean(), "calibrated": losses.mean(), "loss": stats.log_loss(logits, labels),
-        "error": stats.expected_calibration_error(logits, labels),
-        "matthews": 100 * stats.matthews(logits.argmax(1), labels)})
+        "accuracy": right.mean(), "calibrated": losses.mean(), "loss": stats.log_losses(logits, labels).mean(),
+        "matthews": 100 * matthews(confusion(labels, predicted, len(record["classes"])))})
 
 
 @dataclass
 class Place:
     """A folder of runs, and what these share: settings, and the hashes of weights and data. rates: those that a search
-    on this data has found, {technique: rate}; quick: a smoke test. records: those that exist, {key: record};
-    outcomes: what they have found, as far as it was asked for."""
+    on this data has found, {technique: rate}; quick: a smoke test. records: {key: record}; outcomes: a cache."""
     out: Path
     common: dict
     weights_sha256: dict
@@ -84,21 +83,24 @@ class Place:
             self.rates, self.quick = found["rates"], found["quick"]
 
     def add(self, path):
-        """Read a record. UserError if it is of other weights or data."""
+        """Read a record. UserError if it is of other weights or data, or not of the device or precision asked for."""
         record = checkpoint.read_record(path)
-        for name in ("weights_sha256", "data_sha256"):
-            if record[name] != getattr(self, name):
-                raise UserError(f"{path} is of other {name.partition('_')[0]} than the other runs: choose another "
-                                "--out")
+        for name, expected in (("weights", self.weights_sha256), ("data", self.data_sha256)):
+            if record[f"{name}_sha256"] != expected:
+                raise UserError(f"{path} is of other {name} than the other runs: choose another --out")
+        for name in ("device", "precision"):
+            if self.common[name] not in ("auto", record["machine"][name]):
+                raise UserError(f"{path} was run in {record['machine'][name]}, and --{name} is {self.common[name]}: "
+                                "choose another --out")
         self.records[key(record["settings"])] = record
         self.outcomes.clear()
 
-
     def evaluate(self, record, part):
-        """The Outcome of a run on "test" or "dev"; None for a failed run."""
+        """The Outcome of a run on "test" or "dev"; None for a failed run, or without predictions on this part."""
         name = key(record["settings"]), part
         if name not in self.outcomes:
-            self.outcomes[name] = None if "failed" in record else evaluate(record, part)
+            absent = "failed" in record or not record[part]["labels"]
+            self.outcomes[name] = None if absent else evaluate(record, part)
         return self.outcomes[name]
 
 
@@ -119,14 +121,8 @@ class Run:
 
     @property
     def record(self):
-        """The record, or None. UserError if it has another precision or device than was asked for."""
-        record = self.place.records.get(key(checkpoint.recorded(self.settings)))
-        for name in ("device", "precision"):
-            asked = getattr(self.settings, name)
-            if record and asked not in ("auto", record["machine"][name]):
-                raise UserError(f"{self.path} was run in {record['machine'][name]}, and --{name} is {asked}: choose "
-                                "another --out")
-        return record
+        """The record, or None."""
+        return self.place.records.get(key(checkpoint.recorded(self.settings)))
 
 
 def find_place(out, common):
@@ -144,7 +140,7 @@ def find_place(out, common):
 
 
 def read_place(out):
-    """The Place of the records in `out`. Its common settings, and precision, are those that all of them share."""
+    """The Place of the records in `out`. Its common settings are those that all of them share."""
     paths = sorted(out.glob("runs/*.json"))
     if not paths:
         raise UserError(f"{out / 'runs'} holds no records: name the folder of a comparison with --out, or run "
@@ -156,12 +152,11 @@ def read_place(out):
     records = place.records.values()
     place.common |= {name: value for name, value in first["settings"].items() if name in PATHS or name in place.common
                      and all(record["settings"].get(name) == value for record in records)}
-    precisions = {record["machine"]["precision"] for record in records}
-    place.common["precision"] = precisions.pop() if len(precisions) == 1 else "auto"
     return place
 
 
 def word(value):
+    """A value of an option, in the name of a run."""
     if isinstance(value, list):
         return "+".join(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -183,7 +178,8 @@ def make_run(place, variant, repeat, rule="doubling"):
         names = " ".join(variant.searches or (variant.technique,))
         raise UserError(f"{variant.name}: no rate by the rule {RULES[rule]!r} is known yet: python compare.py --rates "
                         f"{names} finds it, minipeft/lab/studies.py takes it")
-    given = default | place.common | rates | {"seed": repeat, "fold": fold, "resume": True} | variant.options
+    given = default | place.common | rates | {"seed": repeat, "fold": fold} | variant.options
+    given |= {"resume": True, "given": list(default)}  # an unfinished run must have all of these settings
     words = [f"{name}-{word(value)}" for name, value in checkpoint.recorded(Namespace(**given)).items()
              if value != default.get(name) and name not in UNNAMED]
     words += [f"lr-{given['lr']:g}", f"seed{repeat}" if fold is None else f"fold{repeat}"]
@@ -191,14 +187,18 @@ def make_run(place, variant, repeat, rule="doubling"):
     return Run(place, name, Namespace(**given | {"out": str(place.out / "folders" / name)}))
 
 
+def records_of(place, variant, rule):
+    """{fold (or seed): record} of the runs of a variant that exist."""
+    if None in rates_of(place, variant, rule).values():
+        return {}
+    records = {fold: make_run(place, variant, fold, rule).record for fold in range(10)}
+    return {fold: record for fold, record in records.items() if record}
+
+
 def collect(place, study):
     """The runs of a study on the folds (or seeds) that all its variants have: {variant: {fold: Outcome, or None for a
     failed run}}. {} if there is no such fold. Of a study that is `partial`, one variant without any run is left out."""
-    found = {}
-    for variant in study.variants:
-        known = None not in rates_of(place, variant, study.rule).values()
-        records = {fold: make_run(place, variant, fold, study.rule).record for fold in range(10)} if known else {}
-        found[variant.name] = {fold: record for fold, record in records.items() if record}
+    found = {variant.name: records_of(place, variant, study.rule) for variant in study.variants}
     empty = [name for name, records in found.items() if not records]
     if len(empty) == 1 and study.partial:
         del found[empty[0]]
@@ -242,19 +242,6 @@ def choose_precision(run):
     return compute.precision
 
 
-def time_left(waiting, place, jobs):
-    """Format the estimated time left, from the training times of finished runs; "" without any."""
-    seconds = {}
-    for record in place.records.values():
-        if "failed" not in record:
-            seconds.setdefault(record["settings"]["technique"], []).append(record["metrics"]["train_seconds"])
-    if not seconds:
-        return ""
-    average = mean(map(mean, seconds.values()))
-    total = sum(mean(seconds.get(run.settings.technique, [average])) for run in waiting)
-    return f", about {total / jobs / 60:.0f} min left"
-
-
 def train_missing(runs, jobs):
     """Train the runs that have no record yet, `jobs` at a time. If this process ends, so do its runs; only if it is
     killed at once (SIGKILL) they go on, and hold their folders until they are finished."""
@@ -264,9 +251,7 @@ def train_missing(runs, jobs):
     for run in waiting:
         if run.path.exists():
             raise UserError(f"{run.path} is of a run with other settings: choose another --out")
-        unfinished = checkpoint.find(run.settings.out)
-        if unfinished and run.settings.precision == "auto":  # a run that resumes keeps its precision
-            run.settings.precision = unfinished.record["machine"]["precision"]
+        checkpoint.find(run.settings.out, run.settings)  # a run that resumes keeps its device and precision
     new = [run for run in waiting if run.settings.precision == "auto"]
     if new:
         precision = choose_precision(new[0])
@@ -277,9 +262,8 @@ def train_missing(runs, jobs):
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                left, run = time_left(waiting, waiting[0].place, jobs), waiting.pop(0)
-                number = len(runs) - len(waiting)
-                print(f"{run.name}: run {number} of {len(runs)}{left}; output in {run.log}", flush=True)
+                run = waiting.pop(0)
+                print(f"{run.name}: run {len(runs) - len(waiting)} of {len(runs)}; output in {run.log}", flush=True)
                 running[run.name] = run, start(run, threads)
             for run, process in list(running.values()):
                 if process.poll() is not None:

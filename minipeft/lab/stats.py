@@ -6,6 +6,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+from ..tools.metrics import log_probabilities
+
 OVERLAP = 1 / 9  # n_test / n_train where fold i of ten parts tests on part i and trains on the other nine
 INTERVALS = {"corrected": "Nadeau-Bengio", "plain": "plain paired t", "split": "sampling and run variance apart"}
 INCONCLUSIVE, NO_VERDICT = "inconclusive", "no verdict"
@@ -128,24 +130,13 @@ def compare(scores, part="test", seeds=False, interval="corrected", **rule):
 
 # -- measures ---------------------------------------------------------------------------------------------
 
-def log_probabilities(logits):
-    """Log softmax, (n, classes) -> (n, classes)."""
-    logits = np.asarray(logits, dtype=float)
-    logits = logits - logits.max(1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
-
-
 def log_losses(logits, labels):
     """Return the negative log probability of each label, in nats: (n, classes), (n,) -> (n,)."""
     return -log_probabilities(logits)[np.arange(len(labels)), labels]
 
 
-def log_loss(logits, labels):
-    return float(log_losses(logits, labels).mean())
-
-
 def temperature(logits, labels):
-    """Return the T that minimises log_loss(logits / T, labels), by bisection within 0.2 to 20 (Guo et al. 2017, 4.2).
+    """Return the T that minimises the log loss of logits / T, by bisection within 0.2 to 20 (Guo et al. 2017, 4.2).
 
     The loss is convex in 1 / T; its derivative there is mean(expected logit - logit of the label).
     """
@@ -157,23 +148,3 @@ def temperature(logits, labels):
         too_sharp = (expected - logits[np.arange(len(labels)), labels]).mean() > 0
         low, high = (middle, high) if too_sharp else (low, middle)
     return math.exp((low + high) / 2)
-
-
-def expected_calibration_error(logits, labels, bins=15):
-    """Return the mean |accuracy - confidence| over equal bins of the largest probability (Guo et al. 2017, eq. 3)."""
-    probabilities = np.exp(log_probabilities(logits))
-    gap = (probabilities.argmax(1) == labels) - probabilities.max(1)
-    bin_of = np.ceil(probabilities.max(1) * bins)  # bin b holds ((b - 1) / bins, b / bins]
-    return float(np.abs(np.bincount(bin_of.astype(int), gap)).sum() / len(gap))
-
-
-def matthews(predictions, labels):
-    """Return the Matthews correlation, 0 if one class is always predicted (Gorodkin 2004 for more than two classes).
-
-    It is the correlation of the one-hot tables of predictions and labels.
-    """
-    classes = np.arange(max(np.max(predictions), np.max(labels)) + 1)
-    x, y = (np.equal.outer(np.asarray(values), classes) for values in (predictions, labels))
-    x, y = (table - table.mean(0) for table in (x, y))
-    scale = math.sqrt((x ** 2).sum() * (y ** 2).sum())
-    return float((x * y).sum() / scale) if scale else 0.0

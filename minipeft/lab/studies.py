@@ -1,4 +1,5 @@
 """The comparison as data: searches of learning rates, the runs that test a claim, and the contrasts between them."""
+import os
 from dataclasses import dataclass, field
 
 from ..tools.settings import LINEAR_LAYERS, TECHNIQUES
@@ -33,23 +34,29 @@ class Search:
 
 TOP_BLOCK, TOP_TWO_BLOCKS = {"top_layers": 1}, {"top_layers": 2}
 FEW = {"limit": 86, "epochs": 20, "eval_every": 20}  # 1% of the sentences, 60 steps; measuring dev takes longer
-GPU, COLA, IMDB = "gpu", "cola", "imdb-512"          # folders of records
-SLICE = {"limit": 3000}                              # of IMDb's training reviews
+HEAD_RATE, COLA, IMDB = "head-rate", "cola", "imdb-512"  # folders of records
+SLICE = {"limit": 3000}                                  # of IMDb's training reviews
+
+# A rate for the head alone, by the calibrated rule. For each technique: one rate for body and head; that of the head,
+# with the body at the first; that of the body, with the head at the second. None: `compare.py --rates NAME` finds it.
+HEAD_RATES = {
+    "adapter": (2e-3, None, None),
+    "lora": (5e-4, None, None),
+    "full": (2.5e-5, None, None)}
+HEAD_RATES_86 = {  # with 86 sentences
+    "adapter": (None, None, None),
+    "lora": (None, None, None),
+    "full": (None, None, None)}
 
 
-def search_own(technique, few=False, rates=(None, None, None), start=None):
-    """The searches of a rate for the head alone: {name: Search}. rates: what the calibrated rule has chosen for body
-    and head together, then for the head at that rate of the body, then once more for the body."""
+def search_head(technique, start, rates, options, end=""):
+    """The searches of the last two rates in a row of HEAD_RATES; start: of the first."""
     shared, head, body = rates
-    more, end = (FEW, "-86") if few else ({}, "")
     head_start = (shared or start) * (16 if technique == "full" else 4)
-    found = {f"{technique}-head{end}": Search(technique, head_start, head, options={**more, "lr": shared},
-                                              option="head_lr", factor=4, folder=GPU),
-             f"{technique}-body{end}": Search(technique, shared or start, body, options={**more, "head_lr": head},
-                                              folder=GPU)}
-    if few:
-        found[f"{technique}-86-shared"] = Search(technique, start, shared, options=FEW, folder=GPU)
-    return found
+    return {f"{technique}-head{end}": Search(technique, head_start, head, options={**options, "lr": shared},
+                                             option="head_lr", factor=4, folder=HEAD_RATE),
+            f"{technique}-body{end}": Search(technique, shared or start, body, options={**options, "head_lr": head},
+                                             folder=HEAD_RATE)}
 
 
 SEARCHES = {
@@ -63,11 +70,15 @@ SEARCHES = {
     "adapter-86": Search("adapter", 5e-4, 5e-4, 2.5e-4, 5e-4, 2.5e-4, FEW),
     "lora-86": Search("lora", 5e-4, 2.5e-4, 1.25e-4, 2.5e-4, 2.5e-4, FEW),
     "full-86": Search("full", 5e-5, 5e-5, 2.5e-5, 5e-5, 5e-5, FEW),
-    # Rates that are not known yet: fill in what `compare.py --rates NAME` finds.
-    **search_own("adapter", rates=(2e-3, None, None)), **search_own("lora", rates=(5e-4, None, None)),
-    **search_own("full", rates=(2.5e-5, None, None)),
-    **search_own("adapter", True, start=5e-4), **search_own("lora", True, start=5e-4),
-    **search_own("full", True, start=5e-5),
+    "adapter-86-shared": Search("adapter", 5e-4, HEAD_RATES_86["adapter"][0], options=FEW, folder=HEAD_RATE),
+    "lora-86-shared": Search("lora", 5e-4, HEAD_RATES_86["lora"][0], options=FEW, folder=HEAD_RATE),
+    "full-86-shared": Search("full", 5e-5, HEAD_RATES_86["full"][0], options=FEW, folder=HEAD_RATE),
+    **search_head("adapter", 5e-4, HEAD_RATES["adapter"], {}),
+    **search_head("lora", 5e-4, HEAD_RATES["lora"], {}),
+    **search_head("full", 5e-5, HEAD_RATES["full"], {}),
+    **search_head("adapter", 5e-4, HEAD_RATES_86["adapter"], FEW, "-86"),
+    **search_head("lora", 5e-4, HEAD_RATES_86["lora"], FEW, "-86"),
+    **search_head("full", 5e-5, HEAD_RATES_86["full"], FEW, "-86"),
     **{f"cola-{name}": Search(name, start, folder=COLA) for name, start in (
         ("head", 8e-3), ("adapter", 1e-3), ("lora", 5e-4), ("bitfit", 4e-3), ("full", 5e-5))},
     **{f"imdb-{name}": Search(name, start, options=SLICE, folder=IMDB) for name, start in (
@@ -80,14 +91,19 @@ SEARCHES = {
 @dataclass(frozen=True)
 class Variant:
     """One setting, run on several folds. searches: where its rates come from, unless `options` has them (none: that of
-    its technique). series, x, panel: its place in the figure of a study with an `x_label` (series None: its own)."""
+    its technique). series, x, panel: its place in the figure of a study with an `x_label`."""
     name: str
     technique: str
     options: dict = field(default_factory=dict)
     searches: tuple = ()
-    series: str | None = None
-    x: float | str | None = None
+    series: str = ""
+    x: float = 0
     panel: str = ""
+
+
+def label(name):
+    """Return the name of a variant in tables: the label of a technique, or its own name."""
+    return TECHNIQUES[name].label if name in TECHNIQUES else name
 
 
 @dataclass(frozen=True)
@@ -97,13 +113,21 @@ class Contrast:
     b: str
     claim: str = ""
 
+    @property
+    def name(self):
+        """The two variants, as "LoRA, rank 1 - 8": what both begin with is said once."""
+        a, b = label(self.a), label(self.b)
+        shared = os.path.commonprefix([a, b]).rpartition(" ")[0]
+        return f"{a} - {b[len(shared):].strip()}"
+
 
 @dataclass(frozen=True)
 class Study:
     """A question, the runs that answer it, and the source of the claims. folds: how many `--study` runs. rule: of the
     learning rates. part: what is judged, "test" or "dev". folders: where its records may be, the first that has them.
     caveat: what the answers depend on by design. costs: publish costs and learning curves. partial: it is shown even if
-    one variant has not been run. matthews: compare the Matthews correlation too."""
+    one variant has not been run. matthews: compare the Matthews correlation too. title: its heading in a figure ("":
+    its name)."""
     question: str
     source: str
     variants: list
@@ -117,17 +141,13 @@ class Study:
     costs: bool = False
     partial: bool = False
     matthews: bool = False
+    title: str = ""
 
 
-def label(name):
-    """Return the name of a variant in tables: the label of a technique, or its own name."""
-    return TECHNIQUES[name].label if name in TECHNIQUES else name
-
-
-def vary(technique, option, values, kind=float, word=None):
-    """One variant for each value of an option, which names call `word`. kind: str for categories on the x axis."""
+def vary(technique, option, values, word=None):
+    """One variant for each value of an option, which names call `word`."""
     return [Variant(f"{label(technique)}, {word or option} {value:g}", technique, {option: value}, series=technique,
-                    x=kind(value)) for value in values]
+                    x=value) for value in values]
 
 
 def lora_on(name, rank, targets):
@@ -147,21 +167,17 @@ def searched_on(prefix, names):
     return [Variant(name, name, searches=(f"{prefix}-{name}",)) for name in names]
 
 
-def head_rate_study(few):
-    """Does the head need a rate of its own? With all sentences, or with 86."""
-    end, more = ("-86", FEW) if few else ("", {})
-    variants = []
-    for name in ("adapter", "lora", "full"):
-        shared = f"{name}-86-shared" if few else name
-        variants += [Variant(f"{label(name)}, one rate", name, more, (shared,)),
-                     Variant(f"{label(name)}, own head rate", name, more, (f"{name}-head{end}", f"{name}-body{end}"))]
-    pairs = [Contrast(f"{label(name)}, own head rate", f"{label(name)}, one rate") for name in
-             ("adapter", "lora", "full")]
+def head_rate_study(question, title, options, shared="", end=""):
+    """Does the head need a rate of its own? shared, end: of the names of its searches"""
+    variants, names = [], ("adapter", "lora", "full")
+    for name in names:
+        own = f"{name}-head{end}", f"{name}-body{end}"
+        variants += [Variant(f"{label(name)}, one rate", name, options, (name + shared,)),
+                     Variant(f"{label(name)}, own head rate", name, options, own)]
+    pairs = [Contrast(f"{label(name)}, own head rate", f"{label(name)}, one rate") for name in names]
     pairs += [Contrast(f"{label(name)}, {rate}", f"{label('full')}, {rate}") for rate in ("own head rate", "one rate")
               for name in ("lora", "adapter")]
-    return Study("Does a rate of its own for the head change the order of the techniques"
-                 + (" with 86 sentences?" if few else "?"), "our own question", variants, pairs, rule="calibrated",
-                 folders=(GPU,))
+    return Study(question, "our own question", variants, pairs, rule="calibrated", folders=(HEAD_RATE,), title=title)
 
 
 HEAD, ADAPTER, LORA, BITFIT, FULL = FIVE = [Variant(name, name) for name in TECHNIQUES]
@@ -178,40 +194,46 @@ MAIN_CONTRASTS = [Contrast("head", "full"), Contrast("adapter", "full", HOULSBY_
 MAIN = "Houlsby et al. 2019, abstract and table 1; Hu et al. 2021, table 2; Ben Zaken et al. 2021, table 1"
 STUDIES = {
     "calibrated": Study("How far are the techniques from full fine-tuning, and from each other?", MAIN, FIVE,
-                        MAIN_CONTRASTS, rule="calibrated", folders=(GPU, ""), partial=True),
+                        MAIN_CONTRASTS, rule="calibrated", folders=(HEAD_RATE, ""), partial=True,
+                        title="main, rates by calibrated loss"),
     "techniques": Study("How far apart are they at train.py's default rates, and what does training cost?", MAIN,
-                        [HEAD, ADAPTER, LORA, FULL], FOUR_CONTRASTS, costs=True),
+                        [HEAD, ADAPTER, LORA, FULL], FOUR_CONTRASTS, costs=True, title="main, rates of train.py"),
     "cola": Study("How far apart are they on a second task: is a sentence grammatical?", "Warstadt et al. 2019 (CoLA)",
-                  searched_on("cola", TECHNIQUES), MAIN_CONTRASTS, rule="calibrated", folders=(COLA,), matthews=True),
+                  searched_on("cola", TECHNIQUES), MAIN_CONTRASTS, rule="calibrated", folders=(COLA,), matthews=True,
+                  title="CoLA"),
     "imdb": Study("How far apart are they on IMDb at 256 tokens, one run each?", "Maas et al. 2011 (IMDb)",
                   [HEAD, ADAPTER, LORA, FULL], FOUR_CONTRASTS, 1, folders=("imdb",), costs=True,
-                  caveat="one run each: these runs only; on dev, full fine-tuning is ahead"),
+                  caveat="one run each: these runs only; on dev, full fine-tuning is ahead", title="IMDb, one run"),
     "imdb-512": Study("How far apart are they on IMDb at 512 tokens?", "Maas et al. 2011 (IMDb)",
                       searched_on("imdb", ("head", "adapter", "lora", "full")), FOUR_CONTRASTS, 3, "calibrated",
-                      folders=(IMDB,), costs=True),
-    "head-rate": head_rate_study(few=False),
-    "head-rate-86": head_rate_study(few=True),
+                      folders=(IMDB,), costs=True, title="IMDb at 512 tokens"),
+    "head-rate": head_rate_study(
+        "Does a rate of its own for the head change the order of the techniques?", "the head's own rate", {}),
+    "head-rate-86": head_rate_study(
+        "Does a rate of its own for the head change the order of the techniques with 86 sentences?",
+        "the head's own rate, 86 sentences", FEW, "-86-shared", "-86"),
     "data": Study(
         "Who is ahead with 86 training sentences?", "Hu et al., appendix F.3, table 16 (MNLI, GPT-3)",
         [Variant(name, name, FEW, (f"{name}-86",)) for name in ("adapter", "lora", "full")],
         [Contrast("lora", "full", "with 100 examples LoRA is more accurate than full fine-tuning (Hu et al., table 16, "
                   "GPT-3)"), Contrast("adapter", "full")],
-        caveat="one rate for body and head: full fine-tuning's head hardly moves in 60 steps"),
+        caveat="one rate for body and head: full fine-tuning's head hardly moves in 60 steps", title="86 sentences"),
     "light": Study(
         "What do the biases alone reach, and what the top block?", "Ben Zaken et al. 2021, abstract and table 1",
         [BITFIT, TOP_ONE, LORA, FULL],
         [Contrast("bitfit", "full"), Contrast("bitfit", "lora"), Contrast("top block", "full"),
-         Contrast("top block", "lora")]),
+         Contrast("top block", "lora")], title="biases or the top block alone"),
     "layers": Study(
         "Do adapters in all blocks beat training the top one or two blocks?", "Houlsby et al., figure 3",
         [ADAPTER, TOP_ONE, TOP_TWO],
         [Contrast("adapter", "top block", "adapters beat training the top layers (Houlsby et al., figure 3, GLUE)"),
-         Contrast("adapter", "top two blocks", "the same")], 5, caveat="how many blocks: one of six, or two"),
+         Contrast("adapter", "top two blocks", "the same")], 5, caveat="how many blocks: one of six, or two",
+        title="adapters or the top blocks"),
     "rank": Study(
         "Which rank does LoRA need?", "Hu et al., table 6 and section 7.2", vary("lora", "rank", (1, 8, 64)),
         [Contrast("LoRA, rank 1", "LoRA, rank 8", "rank 1 suffices (Hu et al., table 6, GPT-3, other matrices)"),
          Contrast("LoRA, rank 64", "LoRA, rank 8", "rank 64 adds nothing (Hu et al., table 6)")], 8,
-        caveat="one rate, found for rank 8", x_label="rank (alpha = 16)"),
+        caveat="one rate, found for rank 8"),
     "alpha": Study(
         "With a constant alpha, does the best learning rate move with the rank?",
         "Hu et al., section 4.1 (alpha acts like the rate); Schulman 2025 (LoRA Without Regret)",
@@ -228,29 +250,31 @@ STUDIES = {
          Contrast("feed-forward, rank 3", "attention, rank 4",
                   "attention alone loses to the feed-forward layers and to all (Schulman 2025)"),
          Contrast("all, rank 2", "attention, rank 4", "the same")], 8,
-        caveat="all at LoRA's common rate; training accuracy rises with the number of matrices"),
+        caveat="all at LoRA's common rate; training accuracy rises with the number of matrices",
+        title="layers with LoRA"),
     "bottleneck": Study(
         "Which size do adapters need?", "Houlsby et al., sections 3.4 and 3.6",
         vary("adapter", "bottleneck", (8, 32, 128)),
         [Contrast("adapters, bottleneck 8", "adapters, bottleneck 32",
                   "the size of the adapters matters little (Houlsby et al., section 3.6)"),
          Contrast("adapters, bottleneck 128", "adapters, bottleneck 32", "the same")], 8,
-        caveat="one rate, found for bottleneck 32", x_label="bottleneck"),
+        caveat="one rate, found for bottleneck 32"),
     "init": Study(
         "How large may the initialisation of adapters be?", "Houlsby et al., section 3.6 and figure 6 (right)",
         vary("adapter", "init_std", (1e-2, 1e-1, 1.0), word="initialisation"),
         [Contrast("adapters, initialisation 0.1", "adapters, initialisation 0.01"),
          Contrast("adapters, initialisation 1", "adapters, initialisation 0.01",
                   "a large initialisation harms (Houlsby et al., figure 6, MNLI and CoLA)")], 5,
-        caveat="one rate, found for 0.01", x_label="standard deviation of the initialisation"),
+        caveat="one rate, found for 0.01", x_label="standard deviation of the initialisation",
+        title="initialisation of adapters"),
     "dropout": Study(
         "Does dropout of 0.1 in the encoder help?", "check of the protocol, on dev",
-        vary("full", "dropout", (0.0, 0.1), str) + vary("lora", "dropout", (0.0, 0.1), str),
+        vary("full", "dropout", (0.0, 0.1)) + vary("lora", "dropout", (0.0, 0.1)),
         [Contrast(f"{label(name)}, dropout 0.1", f"{label(name)}, dropout 0") for name in ("full", "lora")], 3,
         part="dev"),
     "epochs": Study(
         "Do ten epochs help instead of three?", "check of the protocol, on dev",
-        vary("head", "epochs", (3, 10), str) + vary("bitfit", "epochs", (3, 10), str),
+        vary("head", "epochs", (3, 10)) + vary("bitfit", "epochs", (3, 10)),
         [Contrast(f"{label(name)}, epochs 10", f"{label(name)}, epochs 3") for name in ("head", "bitfit")], 3,
         part="dev"),
 }
