@@ -42,6 +42,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import compare
+import minipeft
 import train
 from benchmarks import parity
 from minipeft import __main__ as command_line, adapter, data, head, lora, micro, model as models
@@ -108,14 +109,30 @@ def reviews(tmp_path_factory):
     return path
 
 
+def short_run(tiny, reviews, out, technique, *more):
+    """The settings of a short run on the tiny model."""
+    fixed = ["--weights", tiny, "--data", reviews, "--out", out, "--device", "cpu", "--precision", "fp32"]
+    short = ["--max-length", 40, "--epochs", 2, "--batch-size", 16, "--lr", 1e-2]
+    return options.parse([str(part) for part in (technique, *fixed, *short, *more)])
+
+
 @pytest.fixture
 def make_settings(tiny, reviews, tmp_path):
-    """A function that makes settings for a short run on the tiny model: make_settings("lora", "--rank", 4)"""
-    def make(technique, *more, out="run"):
-        fixed = ["--weights", tiny, "--data", reviews, "--out", tmp_path / out, "--device", "cpu"]
-        short = ["--precision", "fp32", "--max-length", 40, "--epochs", 2, "--batch-size", 16, "--lr", 1e-2]
-        return options.parse([str(part) for part in (technique, *fixed, *short, *more)])
-    return make
+    """A function: make_settings("lora", "--rank", 4) -> the settings of a short run."""
+    return lambda technique, *more, out="run": short_run(tiny, reviews, tmp_path / out, technique, *more)
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, reviews, tmp_path_factory):
+    """A function that trains a very short run once: finished("lora", "--rank", 4) -> its folder, not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+
+    def finish(technique, *more):
+        out = folder / "-".join(map(str, (technique, *more)))
+        if not out.exists():
+            train.run(short_run(tiny, reviews, out, technique, "--limit", 64, "--epochs", 1, *more))
+        return out
+    return finish
 
 
 @pytest.fixture(scope="session")
@@ -163,15 +180,19 @@ def rewrite(tiny, folder, change, config=None):
     return folder
 
 
-def truncated(content):
-    return content[: len(content) // 2]
+@pytest.fixture
+def finished_run(finished, tmp_path):
+    """A copy of a run of adapters that has learnt its data."""
+    return shutil.copytree(finished("adapter", "--limit", 400, "--epochs", 2), tmp_path / "run")
 
 
-def over_long_header(content):
-    return (10**15).to_bytes(8, "little") + content[8:]
+def user_error(*parts):
+    """A context in which a UserError of one line with all `parts` is raised."""
+    return pytest.raises(UserError, match="(?s)^(?!.*\n)" + "".join(f"(?=.*{re.escape(part)})" for part in parts))
 
 
 def flipped(content):
+    """One bit of the last tensor is wrong."""
     return content[:-5] + bytes([content[-5] ^ 0x10]) + content[-4:]
 
 
@@ -187,12 +208,13 @@ def tiny_micro(tiny, technique):
     return encoder, micro.Head(32, dropout=0)
 
 
-def test_micro_has_at_most_200_lines_and_works_alone_or_says_how_to_get_its_files(tmp_path):
+def test_micro_has_at_most_200_lines_and_works_alone_or_says_how_to_get_its_files(tmp_path, monkeypatch):
     assert len(inspect.getsource(micro).splitlines()) <= 200
     shutil.copy(micro.__file__, tmp_path)
     for words, part in ((["lora"], "python train.py head fetches both"), (["lora", "x"], "head|adapter|lora|full")):
-        run = subprocess.run([sys.executable, "micro.py", *words], cwd=tmp_path, capture_output=True, text=True)
-        assert run.returncode == 1 and part in run.stderr and run.stderr.count("\n") == 1
+        monkeypatch.setattr(sys, "argv", ["micro.py", *words])
+        with pytest.raises(SystemExit, match=re.escape(part)):
+            runpy.run_path(str(tmp_path / "micro.py"), run_name="__main__")
 
 
 def test_real_micro_has_the_encoder_of_the_package_to_the_bit(real):
@@ -346,13 +368,6 @@ def test_longest_and_shortest_input(tiny):
     assert encoder(*data.pad(empty)).isfinite().all() and len(empty[0]) == 2  # [CLS] [SEP]
 
 
-def test_dropout_in_the_encoder_drops_in_training_only(tiny):
-    encoder = load_bert(tiny, dropout=0.5)
-    assert torch.equal(encoder(random_ids()), encoder(random_ids()))
-    encoder.train()
-    assert not torch.equal(encoder(random_ids()), encoder(random_ids()))
-
-
 def test_other_checkpoints_names_are_understood(tiny, tmp_path):
     def older(tensors):  # as Google's checkpoints are: a prefix, gamma and beta, heads for pretraining
         old = {}
@@ -362,23 +377,23 @@ def test_other_checkpoints_names_are_understood(tiny, tmp_path):
         return old | {"cls.predictions.bias": torch.zeros(24), "cls.seq_relationship.weight": torch.zeros(2, 32),
                       "bert.embeddings.position_ids": torch.arange(48)[None]}
 
-    with torch.no_grad():
-        expected = load_bert(tiny)(random_ids())
-        assert torch.equal(load_bert(rewrite(tiny, tmp_path / "old", older))(random_ids()), expected)
-        no_pooler = load_bert(rewrite(
-            tiny, tmp_path / "bare", lambda tensors: {k: v for k, v in tensors.items() if "pooler" not in k}))
-        assert load_pooler(tmp_path / "bare") is None and torch.equal(no_pooler(random_ids()), expected)
-        assert same_bits(bits(load_pooler(tmp_path / "old")), bits(load_pooler(tiny)))
-        half = load_bert(rewrite(tiny, tmp_path / "half", lambda t: {k: v.half() for k, v in t.items()}))
-        assert half.layers[0].attention.query.weight.dtype == torch.float32
+    expected, extra = load_bert(tiny)(random_ids()), {"architectures": ["BertModel"], "pooler_fc_size": 768}
+    assert torch.equal(load_bert(rewrite(tiny, tmp_path / "old", older))(random_ids()), expected)
+    assert same_bits(bits(load_pooler(tmp_path / "old")), bits(load_pooler(tiny)))
+    bare = rewrite(tiny, tmp_path / "bare", without("pooler"), extra)  # as sentence encoders are
+    assert load_pooler(bare) is None and torch.equal(load_bert(bare)(random_ids()), expected)
+    half = load_bert(rewrite(tiny, tmp_path / "half", lambda t: {k: v.half() for k, v in t.items()}))
+    assert half.layers[0].attention.query.weight.dtype == torch.float32
+    for folder in (tiny, bare):  # the head starts from the pooler, if there is one
+        model = build(options.parse(["lora", "--pooling", "cls"]), 2, folder)
+        assert torch.equal(model.head.dense.weight, load_pooler(tiny).weight) == (folder == tiny)
+        assert not any("pooler" in name for name in model.state_dict())  # not counted twice
 
 
 def test_a_loaded_encoder_is_in_memory_in_fp32_and_owns_all_it_computes_with(tiny):
     for module in (load_bert(tiny), load_pooler(tiny)):
         assert {(t.device.type, t.dtype) for t in (*module.parameters(), *module.buffers())} == {("cpu", torch.float32)}
         assert not module.training and all(parameter.requires_grad for parameter in module.parameters())
-    code = "import sys, minipeft; minipeft.load_bert(sys.argv[1]); assert 'sympy' not in sys.modules"  # slow to import
-    subprocess.run([sys.executable, "-c", code, tiny], cwd=ROOT, check=True)
 
 
 def under(prefix):
@@ -399,14 +414,11 @@ def spoilt(tensors):
     (without("0.output.dense.bias"), {}, ["missing encoder.layer.0.output.dense.bias"]),
     (without("attention.self"), {}, ["missing encoder.layer.0.attention.self.query.weight", "and 7 more"]),
     (under("_orig_mod."), {}, ["'_orig_mod.'", "torch.compile"]), (under("module.bert."), {}, ["'module.bert.'"]),
-    (under("x."), {"hidden_size": 64}, ["'x.'"]), (without("word"), {}, ["holds no BERT", "word_embeddings"]),
+    (without("word"), {}, ["holds no BERT", "word_embeddings"]),
     (under(""), {"num_hidden_layers": 99_999_999}, ["2 layers", "num_hidden_layers = 99999999"]),
     (under(""), {"num_hidden_layers": 1}, ["2 layers", "num_hidden_layers = 1"]),
     (under(""), {"vocab_size": 900_000_000}, ["word_embeddings.weight has shape (24, 32), not (900000000, 32)"]),
-    (under(""), {"hidden_size": 10**9}, ["(24, 32), not (24, 1000000000)", "more"]),
-    (under(""), {"intermediate_size": 10**9}, ["(64, 32), not (1000000000, 32)"]),
-    (under(""), {"max_position_embeddings": 10**9}, ["(48, 32), not (1000000000, 32)"]),
-    (under(""), {"type_vocab_size": 10**9}, ["(2, 32), not (1000000000, 32)"])])
+    (under(""), {"hidden_size": 10**9}, ["(24, 32), not (24, 1000000000)", "more"])])
 def test_a_checkpoint_that_does_not_fit_is_one_short_line_whatever_its_config_claims(
         tiny, tmp_path, change, config, parts):
     with user_error("model.safetensors", *parts) as error:
@@ -415,24 +427,15 @@ def test_a_checkpoint_that_does_not_fit_is_one_short_line_whatever_its_config_cl
 
 
 @pytest.mark.parametrize("setting, message", [
+    ({"model_type": "distilbert"}, "config.json: model_type = 'distilbert', but only 'bert' is implemented"),
     ({"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),
     ({"hidden_act": "silu"}, "hidden_act = 'silu'"), ({"is_decoder": True}, "is_decoder = True"),
     ({"num_attention_heads": 5}, "not a multiple"), ({"hidden_size": "32"}, "hidden_size is '32'"),
     ({"vocab_size": 0}, "vocab_size is 0"), ({"vocab_size": 10**30}, "vocab_size is 1000"),
-    ({"num_hidden_layers": None}, "num_hidden_layers is None"), ({"layer_norm_eps": True}, "layer_norm_eps is True"),
-    ({"layer_norm_eps": math.nan}, "layer_norm_eps is nan")])
+    ({"num_hidden_layers": None}, "num_hidden_layers is None"), ({"layer_norm_eps": math.nan}, "layer_norm_eps is nan")])
 def test_a_config_that_is_not_implemented_is_refused_by_name(tiny, tmp_path, setting, message):
     with user_error(message):
         read_config(rewrite(tiny, tmp_path, under(""), setting))
-
-
-def test_another_architecture_is_refused_by_its_name_alone(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "distilbert", "dim": 768, "n_layers": 6}')
-    with pytest.raises(UserError, match=r"config.json: model_type = 'distilbert', but only 'bert' is implemented$"):
-        load_bert(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "bert", "num_hidden_layers": 2}')
-    with user_error("vocab_size is missing", "hidden_size is missing"):
-        load_bert(tmp_path)
 
 
 @pytest.mark.parametrize("name, content, parts", [
@@ -579,14 +582,6 @@ def test_a_second_technique_is_refused_with_the_way_out(first, second, way_out):
     second(model)
 
 
-@pytest.mark.parametrize("apply", APPLY_TO_SMALL.values(), ids=APPLY_TO_SMALL)
-def test_a_distributed_model_is_refused_since_what_is_added_would_not_be_synchronised(apply):
-    class DistributedDataParallel(nn.Sequential):
-        pass
-    with pytest.raises(ValueError, match="DistributedDataParallel already: apply the technique first"):
-        apply(DistributedDataParallel(small()))
-
-
 @pytest.mark.parametrize("apply, where", [
     (lambda model: freeze(model), ""), (lambda model: train_biases(model), ""),
     (lambda model: add_lora(model, "query", rank=2), ""),
@@ -619,7 +614,6 @@ def with_weight(change):
 def test_layers_whose_weights_are_not_plain_and_in_memory_are_refused_by_name(make):
     for name, apply, wrong in (
             ("value", add_lora, {"targets": ("query", "value")}), ("value", freeze, {"train": "value"}),
-            ("value", add_lora, {"targets": "query", "train": "value"}),
             ("value", add_adapters, {"targets": ("query", "value"), "norms": ()}),
             ("norm", add_adapters, {"targets": "query", "norms": "norm"})):
         model = small()
@@ -628,52 +622,36 @@ def test_layers_whose_weights_are_not_plain_and_in_memory_are_refused_by_name(ma
         with pytest.raises(ValueError, match=rf"{name} is a \w+ without plain weights in memory \(quantised"):
             apply(model, **wrong)
         assert flags(model) == before and type(model.query) is nn.Linear
-    with pytest.raises(ValueError, match="no biases to train, or they are not in memory"):
-        train_biases(small().to("meta"))
 
 
-@pytest.mark.parametrize("name, state_of, load", [
-    ("lora", lora_state, load_lora), ("adapter", adapter_state, load_adapters)])
-def test_a_state_is_neither_taken_from_nor_put_into_a_model_that_is_not_in_memory(name, state_of, load):
-    model = small()
-    APPLY_TO_SMALL[name](model)
-    state = state_of(model)
-    with pytest.raises(ValueError, match="query.* is not in memory"):
-        load(copy.deepcopy(model).to("meta"), state)
-    with pytest.raises(ValueError, match="query.* is not in memory"):
-        state_of(model.to("meta"))
-
-
-@pytest.mark.parametrize("state_of, load, remove, order", [
-    (lora_state, load_lora, merge_lora, "load the base model, add_lora, train, lora_state, merge_lora"),
-    (adapter_state, load_adapters, remove_adapters, "load the base model, add_adapters, train")])
-def test_the_state_of_a_model_without_the_technique_is_an_error_that_gives_the_order(state_of, load, remove, order):
-    model = small()
+@pytest.mark.parametrize("name, state_of, load, remove", [
+    ("lora", lora_state, load_lora, merge_lora), ("adapter", adapter_state, load_adapters, remove_adapters)])
+def test_a_state_needs_a_model_in_memory_that_has_the_technique(name, state_of, load, remove):
+    model, order = small(), "load the base model, add_"
     for call in (state_of, lambda model: load(model, {})):
         with pytest.raises(ValueError, match=order):
             call(model)
-    APPLY_TO_SMALL["lora" if state_of is lora_state else "adapter"](model)
-    assert state_of(model) and remove(model)
+    APPLY_TO_SMALL[name](model)
+    state, elsewhere = state_of(model), copy.deepcopy(model).to("meta")
+    for call in (state_of, lambda model: load(model, state)):
+        with pytest.raises(ValueError, match="query.* is not in memory"):
+            call(elsewhere)
+    remove(model)
     with pytest.raises(ValueError, match=order):
         state_of(model)
 
 
-def test_a_lone_layer_is_not_merged_and_an_adapter_of_zeros_not_made():
-    wrapped = random_updates(LoRALinear(nn.Linear(4, 4), 2))
-    before = bits(wrapped)
-    with pytest.raises(ValueError, match="the model itself"):
-        merge_lora(wrapped)
-    assert same_bits(bits(wrapped), before)
-    assert merge_lora(nn.Sequential(wrapped)) == ["0"]
-    with pytest.raises(ValueError, match="init_std must be positive"):
-        Adapter(4, 2, init_std=0)
-
-
-def test_what_has_nothing_to_train_is_refused():
-    with pytest.raises(ValueError, match="no biases"):
-        train_biases(nn.Linear(2, 2, bias=False))
-    with pytest.raises(ValueError, match="1 is a RMSNorm"):
-        add_adapters(nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4, elementwise_affine=False)), "0", norms="1")
+@pytest.mark.parametrize("call, message", [
+    (lambda: merge_lora(LoRALinear(nn.Linear(4, 4), 2)), "the model itself"),
+    (lambda: Adapter(4, 2, init_std=0), "init_std must be positive"),
+    (lambda: train_biases(nn.Linear(2, 2, bias=False)), "no biases"),
+    (lambda: train_biases(small().to("meta")), "no biases to train, or they are not in memory"),
+    (lambda: freeze(type("DistributedDataParallel", (nn.Sequential,), {})(small())), "apply the technique first"),
+    (lambda: add_adapters(nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4, elementwise_affine=False)), "0", norms="1"),
+     "1 is a RMSNorm")])
+def test_a_call_that_would_have_no_effect_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def transformer():
@@ -855,7 +833,6 @@ def test_a_wrapper_takes_over_the_mode_the_attributes_and_the_arguments_of_its_l
     model = nn.Sequential(Projection(), GatedNorm(4, eps=1e-2)).to(dtype).train(training)
     x, gate = torch.randn(3, 4, dtype=dtype), torch.randn(3, 4, dtype=dtype)
     expected = model[1](hidden=model[0](input=x), gate=gate)
-    model[0]._hook = "private"
     for apply, remove in ((lambda: add_lora(model, "0", dropout=0.5), remove_lora),
                           (lambda: add_adapters(model, "0", init_std=1e-6, norms="1"), remove_adapters)):
         apply()
@@ -863,7 +840,6 @@ def test_a_wrapper_takes_over_the_mode_the_attributes_and_the_arguments_of_its_l
         assert all(module.training == training for module in model.modules())
         assert (proj.in_features, proj.out_features, proj.note, proj.groups, norm.eps) == (4, 4, "mine", 1, 1e-2)
         assert proj.bias.shape == (4,) and (norm.weight.shape, norm.weight.dtype) == ((4,), dtype)
-        assert not hasattr(proj, "_hook") and not hasattr(proj, "nothing")
         output = norm(hidden=proj(input=x), gate=gate)
         assert output.dtype == dtype and torch.allclose(output, expected, atol=1e-4 if dtype == torch.float32 else 0.05)
         if not training:
@@ -993,8 +969,8 @@ def test_parameter_counts_of_bert_base_on_the_meta_device(apply, options, expect
 
 
 @pytest.mark.parametrize("read", [
-    lambda x, proj: F.linear(x, proj.weight), lambda x, proj: x @ proj.weight.T, lambda x, proj: proj.weight @ x.T,
-    lambda x, proj: torch.cat([proj.weight, proj.weight]), lambda x, proj: F.linear(x, proj.weight.data, proj.bias)])
+    lambda x, proj: F.linear(x, proj.weight), lambda x, proj: proj.weight @ x.T,
+    lambda x, proj: F.linear(x, proj.weight.data, proj.bias)])
 def test_a_weight_with_an_adapter_is_not_computed_with_and_one_with_lora_is_the_merged_one(read):
     """WavLM, Mamba and Swin read a layer's weight instead of calling the layer."""
     torch.manual_seed(0)
@@ -1002,12 +978,9 @@ def test_a_weight_with_an_adapter_is_not_computed_with_and_one_with_lora_is_the_
     before = read(x, model[0])
     add_adapters(model, "0", norms=())
     weight = model[0].weight
-    assert (weight.dtype, weight.device.type, weight.shape, weight.dim(), weight.requires_grad) == (
-        torch.float32, "cpu", (4, 4), 2, False) and "4" in repr(weight)  # T5 reads the dtype
+    assert (weight.dtype, weight.device.type, weight.shape) == (torch.float32, "cpu", (4, 4))  # T5 reads the dtype
     with pytest.raises(ValueError, match="leaves out the adapter; choose other targets"):
         read(x, model[0])
-    with pytest.raises(ValueError, match="normal_ of the weight"):
-        model[0].weight.data.normal_()
     remove_adapters(model)
     assert torch.equal(read(x, model[0]), before)
     add_lora(model, "0")
@@ -1105,45 +1078,32 @@ def test_merged_lora_equals_unmerged_and_is_rounded_once(tiny, dtype, close):
 
 
 def test_merging_changes_all_layers_or_none():
-    model, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), torch.randn(3, 4)
-    add_lora(model, ("0", "1", "2"), rank=2)
-    expected = random_updates(model, 0.2)(x)
-    before = bits(model)
-
     class Interrupted(LoRALinear):
         @property
         def weight(self):
             raise KeyboardInterrupt
 
-    model[1].__class__ = Interrupted
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            merge_lora(model)
-        assert same_bits(bits(model), before)
-    model[1].__class__ = LoRALinear
+    def interrupt(layer):
+        layer.__class__ = Interrupted
 
     def replace_forward(layer):  # as accelerate does
-        layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
+        layer.linear.forward = lambda x: 2 * x
 
     def add_hook(layer):
-        layer.hook = layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+        layer.linear.register_forward_hook(lambda module, inputs, output: 2 * output)
 
-    def bring_forward_back(layer):
-        layer.forward = nn.Linear.forward.__get__(layer)
+    def pack(layer):
+        with_weight(lambda weight: weight.as_subclass(Packed))(layer.linear)
 
-    for spoil, restore in ((replace_forward, bring_forward_back),
-                           (add_hook, lambda layer: layer.hook.remove()),
-                           (with_weight(lambda weight: weight.as_subclass(Packed)),
-                            with_weight(lambda weight: weight.as_subclass(torch.Tensor)))):
-        spoil(model[2].linear)
-        with pytest.raises(ValueError, match=r"cannot merge into 2 \(Linear\)"):
-            merge_lora(model)
-        restore(model[2].linear)
-        assert same_bits(bits(model), before)
-    assert all(type(layer) is LoRALinear for layer in model) and torch.allclose(model(x), expected, atol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):  # the sum is in fp32 nevertheless
-        assert merge_lora(model) == ["0", "1", "2"]
-    assert torch.allclose(model(x), expected, atol=1e-5)
+    for spoil in (interrupt, replace_forward, add_hook, pack):
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+        add_lora(model, ("0", "1", "2"), rank=2)
+        before = bits(random_updates(model, 0.2))
+        spoil(model[2])
+        for _ in range(2):
+            with pytest.raises((KeyboardInterrupt, ValueError), match=r"^$|cannot merge into 2 \(Linear\)"):
+                merge_lora(model)
+            assert same_bits(bits(model), before) and type(model[0]) is LoRALinear
 
 
 def test_lora_s_dropout_drops_its_own_input_only():
@@ -1164,12 +1124,6 @@ def test_every_technique_starts_with_the_same_head(make_settings, tiny):
     assert all(same_bits(head, heads[0]) for head in heads)
 
 
-def test_cls_pooling_starts_from_the_checkpoint_s_pooler(make_settings, tiny):
-    model = build(make_settings("lora", "--pooling", "cls"), 2, tiny)
-    assert torch.equal(model.head.dense.weight, load_pooler(tiny).weight)
-    assert not any("pooler" in name for name in model.state_dict())  # not counted twice
-
-
 def test_only_the_top_layers(make_settings, tiny):
     for technique in ("lora", "adapter", "full"):
         model = build(make_settings(technique, "--top-layers", 1), 2, tiny)
@@ -1183,8 +1137,6 @@ def test_the_description_multiplies_up_to_the_count(make_settings, tiny):
     for technique in options.TECHNIQUES:
         model = build(make_settings(technique), 2, tiny)
         header, *lines = models.describe(model)
-        columns = {line[header.index("shape") - 2:header.index("shape") + 1] for line in lines}
-        assert all(gap.startswith("  ") and gap.strip() for gap in columns)  # under their headings
         total = sum(int(line.split()[-1].replace(",", "")) for line in lines)
         counts = models.count_parameters(model)
         assert total == counts["trainable"] == counts["technique"] + counts["head"] == count(model)
@@ -1216,15 +1168,6 @@ def test_a_device_that_is_not_there_is_refused_by_name(make_settings, tiny, monk
         fast.choose_compute(make_settings("lora", "--device", "cuda"), load_bert(tiny).config)
 
 
-def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch):
-    assert fast.peak_memory("cpu") > 10
-    monkeypatch.setattr(fast.Path, "read_text", lambda path: "VmRSS:\t5 kB\n")  # /proc without a peak
-    assert fast.peak_memory("cpu") > 10
-    monkeypatch.setattr(fast.Path, "is_file", lambda path: False)  # no /proc
-    monkeypatch.setitem(sys.modules, "resource", None)               # as on Windows
-    assert fast.peak_memory("cpu") is None
-
-
 # -- data.py ----------------------------------------------------------------------------------------------
 
 def corpus_of(*files, tiny, max_length=40, **columns):
@@ -1239,34 +1182,17 @@ def write_files(folder, texts):
     return folder
 
 
-def user_error(*parts):
-    """A context in which a UserError of one line with all `parts` is raised."""
-    return pytest.raises(UserError, match="(?s)^(?!.*\n)" + "".join(f"(?=.*{re.escape(part)})" for part in parts))
-
-
-def spoil_tokenizer(tiny, folder, change):
-    """A copy of the tiny tokenizer, changed as a dict."""
-    content = json.loads((tiny / "tokenizer.json").read_text())
-    change(content)
-    return write_files(folder, {"tokenizer.json": json.dumps(content)})
-
-
-def without_sep(template):
-    del template["special_tokens"]["[SEP]"]
-
-
 @pytest.mark.parametrize("change, part", [
     (lambda c: c.pop("model"), "is missing or not a tokenizer"),
     (lambda c: c.update(post_processor=None), "no template (post_processor) that puts [CLS] and [SEP] around a text"),
-    (lambda c: without_sep(c["post_processor"]), "its template names [SEP], which special_tokens lacks"),
-    (lambda c: (without_sep(c["post_processor"]), c.update(
-        post_processor={"type": "Sequence", "processors": [c["post_processor"]]})), "its template names [SEP]"),
+    (lambda c: c["post_processor"]["special_tokens"].pop("[SEP]"), "its template names [SEP], which special_tokens lacks"),
     (lambda c: c["model"]["vocab"].update(film=500), "token ids up to 500, and the encoder has 24 tokens"),
     (lambda c: c["post_processor"]["special_tokens"]["[SEP]"].update(ids=[24]), "token ids up to 24, and")])
 def test_a_tokenizer_that_does_not_fit_is_one_clear_line(tiny, tmp_path, change, part):
+    content = json.loads((tiny / "tokenizer.json").read_text())
+    change(content)
     with user_error("tokenizer.json", part):
-        data.load_tokenizer(spoil_tokenizer(tiny, tmp_path, change), 40, vocab_size=len(WORDS) + 4)
-    assert data.load_tokenizer(tiny, 40, vocab_size=len(WORDS) + 4).encode("a film").ids == [2, 14, 16, 3]
+        data.load_tokenizer(write_files(tmp_path, {"tokenizer.json": json.dumps(content)}), 40, len(WORDS) + 4)
 
 
 def part_of(text):
@@ -1304,9 +1230,6 @@ def test_a_set_that_lacks_a_class_in_training_is_refused(tmp_path, tiny, reviews
     with user_error("apart.csv: the training set has no sentence labelled 'test'"):
         data.split(corpus_of(path, tiny=tiny))
     assert data.split(corpus_of(path, tiny=tiny), 1)  # dev and test may lack one
-    path.write_text("text,label\ngood film,a\ngood plot,a\nbad film,b\nbad plot,b\n")
-    with user_error("set has no sentence"):
-        data.split(corpus_of(path, tiny=tiny))
 
 
 def sets_of(counts, dev=5):
@@ -1417,46 +1340,36 @@ def refused(settings, capsys, *parts):
 
 @pytest.mark.parametrize("technique", options.TECHNIQUES)
 def test_a_whole_run(make_settings, tiny, capsys, technique):
-    chosen = make_settings(technique, "--epochs", "3", *(["--lr", "0.003"] if technique == "full" else []))
+    chosen = make_settings(technique, "--epochs", 3, "--fold", 3, *(["--lr", 0.003] if technique == "full" else []))
     record = train.run(chosen)
     folder, metrics, counts = Path(chosen.out), record["metrics"], record["parameters"]
     assert checkpoint.read_record(folder / "run.json") == json.loads(json.dumps(record))
     assert {path.name for path in folder.iterdir()} == {
         "run.json", "model.safetensors", "predictions.csv", "curves.png"}
     least = 0.6 if technique in ("head", "bitfit") else 0.9  # an easy task, but the frozen weights are random
-    assert metrics["test_accuracy"] > least and metrics["train_accuracy"] > least
+    assert metrics["test_accuracy"] > least and f"{metrics['test_accuracy']:.1%}" in capsys.readouterr().out
     assert [row["epoch"] for row in record["history"]] == [1, 2, 3]
-    logits, labels = np.array(record["test"]["logits"]), record["test"]["labels"]
-    assert (logits.argmax(1) == labels).mean() == pytest.approx(metrics["test_accuracy"])
-    assert stats.log_loss(logits, labels) == pytest.approx(metrics["test_loss"], abs=1e-4)
+
+    corpus, (model, *_) = corpus_of(chosen.data, tiny=tiny), open_run(folder)
+    for name, part in zip(("train", "dev", "test"), data.split(corpus, 3)):
+        logits, labels = predict(model, corpus.sentences(part)), corpus.labels[part]
+        assert (logits.argmax(1) == labels).mean() == pytest.approx(metrics[f"{name}_accuracy"])
+        assert stats.log_loss(logits, labels) == pytest.approx(metrics[f"{name}_loss"], abs=1e-4)
+        if name != "train":
+            assert record[name]["lines"] == corpus.line[part].tolist()
+            assert np.abs(logits - record[name]["logits"]).max() < 1e-3
     table = list(csv.DictReader((folder / "predictions.csv").open()))
-    tested = [row for row in table if row["set"] == "test"]
+    right = [row["prediction"] == row["label"] for row in table if row["set"] == "test"]
     assert len(table) == record["sentences"]["dev"] + record["sentences"]["test"]
-    assert np.mean([row["prediction"] == row["label"] for row in tested]) == pytest.approx(metrics["test_accuracy"])
+    assert np.mean(right) == pytest.approx(metrics["test_accuracy"])
+
     saved = load_file(folder / "model.safetensors")
     assert sum(tensor.numel() for tensor in saved.values()) == counts["trainable"]
-    base = {name: tensor.numel() for name, tensor in load_bert(tiny).state_dict().items() if "pooler" not in name}
+    base = {name: tensor.numel() for name, tensor in load_bert(tiny).state_dict().items()}
     expected = {"head": 0, "bitfit": sum(size for name, size in base.items() if "bias" in name),
                 "full": sum(base.values()),
                 "adapter": 4 * (2 * 32 * 32 + 32 + 32) + 4 * 64, "lora": 2 * 8 * (4 * (32 + 32) + 2 * (32 + 64))}
     assert counts["technique"] == expected[technique] and counts["head"] == 32 * 32 + 32 + 32 * 2 + 2
-    printed = capsys.readouterr().out
-    assert f"{metrics['test_accuracy']:.1%}" in printed and str(folder) in printed
-    own = {text: label for text, label in csv.reader(Path(chosen.data).read_text().splitlines())}
-    for label, text in re.findall(r"but labelled (\w+): (.+)", printed):
-        assert own[text] == label
-    assert ("mistakes on dev" in printed) == (metrics["dev_accuracy"] < 1)
-
-
-def test_metrics_are_those_of_the_opened_run_on_the_parts_of_its_fold(make_settings, tiny):
-    chosen = make_settings("lora", "--fold", 3)
-    record, (model, *_) = train.run(chosen), open_run(chosen.out)
-    corpus = corpus_of(chosen.data, tiny=tiny)
-    for name, part in zip(("train", "dev", "test"), data.split(corpus, 3)):
-        right = predict(model, corpus.sentences(part)).argmax(1) == corpus.labels[part]
-        assert right.mean() == pytest.approx(record["metrics"][f"{name}_accuracy"])
-        if name != "train":
-            assert record[name]["lines"] == corpus.line[part].tolist()
 
 
 def test_every_technique_has_the_same_order_of_data_new_in_each_epoch_and_new_dropout_in_each_step(
@@ -1497,13 +1410,6 @@ def test_dev_is_measured_as_often_as_asked_and_after_the_last_epoch_and_changes_
     assert metrics == others and rest == others_rest
 
 
-def test_an_epoch_that_ended_before_an_interruption_is_not_measured_with_later_weights(make_settings, monkeypatch):
-    stop_at(monkeypatch, 30)  # in the second epoch
-    assert run_program(make_settings("lora", "--save-every", 7, "--eval-every", 2)) == 130
-    record = train.run(make_settings("lora", "--resume"))  # measures every epoch
-    assert [row["epoch"] for row in record["history"]] == [2]
-
-
 def test_the_same_command_gives_the_same_bits_and_another_seed_others(make_settings):
     one, two = make_settings("lora", out="one"), make_settings("lora", out="two")
     other = make_settings("lora", "--seed", 1, out="other")
@@ -1512,8 +1418,8 @@ def test_the_same_command_gives_the_same_bits_and_another_seed_others(make_setti
     assert result(one) == result(two) and result(one)[-1] != result(other)[-1]
 
 
-@pytest.mark.parametrize("technique, more", [("lora", ["--lora-dropout", 0.2, "--dropout", 0.1]), ("adapter", []),
-                                             ("head", []), ("full", ["--head-lr", 0.02])])
+@pytest.mark.parametrize("technique, more", [
+    ("lora", ["--lora-dropout", 0.2, "--dropout", 0.1]), ("head", []), ("full", ["--head-lr", 0.02])])
 def test_a_run_interrupted_at_three_steps_ends_in_the_same_bits(make_settings, monkeypatch, technique, more):
     whole = make_settings(technique, *more, out="whole")
     broken = make_settings(technique, *more, "--save-every", 7, out="broken")
@@ -1522,18 +1428,13 @@ def test_a_run_interrupted_at_three_steps_ends_in_the_same_bits(make_settings, m
     interruptions = 0
     while run_program(broken) == 130:
         interruptions += 1
-        saved = (Path(broken.out) / "state.safetensors").exists()  # it holds all settings
-        broken = (options.parse([technique, "--resume", "--save-every", "7", "--out", broken.out]) if saved else
-                  make_settings(technique, *more, "--save-every", 7, "--resume", out="broken"))
         assert not (Path(broken.out) / "run.json").exists()
+        if (Path(broken.out) / "state.safetensors").exists():  # it holds all settings
+            broken = options.parse([technique, "--resume", "--save-every", "7", "--out", broken.out])
+        else:
+            broken.resume = True
     assert interruptions == 3 and result(whole) == result(broken)
     assert not (Path(broken.out) / "state.safetensors").exists()
-
-
-def command(settings, *more):
-    """The command line of `settings`, for a process of its own."""
-    words = options.command(settings).split()[2:]
-    return [sys.executable, str(ROOT / "train.py"), *words, "--out", settings.out, *more]
 
 
 DIE_AT_STEP_13 = """
@@ -1549,14 +1450,16 @@ train.run(train.options.parse(sys.argv[1:]))
 """
 
 
-def test_a_killed_process_resumes_to_the_same_bits(make_settings):
+def test_a_killed_process_resumes_to_the_same_bits(make_settings, capsys):
     whole, killed = make_settings("lora", out="whole"), make_settings("lora", "--save-every", 5, out="killed")
     train.run(whole)
-    first, again = command(killed), command(killed, "--resume")
-    died = subprocess.run([sys.executable, "-c", DIE_AT_STEP_13, *first[2:]], cwd=ROOT, stdout=subprocess.DEVNULL)
+    words = shlex.split(options.command(killed))[2:]
+    died = subprocess.run([sys.executable, "-c", DIE_AT_STEP_13, *words, "--out", killed.out], cwd=ROOT,
+                          stdout=subprocess.DEVNULL)
     assert died.returncode == 9 and not (Path(killed.out) / "run.json").exists()
-    done = subprocess.run(again, check=True, capture_output=True, text=True)
-    assert "resuming after step 10" in done.stdout and result(whole) == result(killed)
+    capsys.readouterr()
+    assert run_program(make_settings("lora", "--resume", out="killed")) == 0
+    assert "resuming after step 10" in capsys.readouterr().out and result(whole) == result(killed)
 
 
 def test_a_second_process_on_the_same_folder_is_refused(make_settings, capsys):
@@ -1625,24 +1528,6 @@ def test_a_run_deletes_only_what_a_run_wrote(make_settings, tmp_path):
     assert "notes.txt" in names and "state.safetensors.77.part" not in names
 
 
-def test_a_run_resumed_on_another_machine_warns_and_its_record_names_both(make_settings, capsys, monkeypatch):
-    name = checkpoint.processor("cpu")
-    stop_at(monkeypatch, 8, 15)
-    assert run_program(make_settings("lora", "--save-every", 5)) == 130
-    monkeypatch.setattr(checkpoint, "processor", lambda device: "another processor")
-    assert run_program(make_settings("lora", "--save-every", 5, "--resume")) == 130
-    assert "resumes with another processor: the last bits may differ" in capsys.readouterr().out
-    assert train.run(make_settings("lora", "--resume"))["machine"]["processor"] == f"{name}, then another processor"
-
-
-def test_the_peak_memory_of_a_resumed_run_is_that_of_all_its_processes(make_settings, monkeypatch):
-    peaks = iter([700, 900, 400])
-    monkeypatch.setattr(fast, "peak_memory", lambda device: next(peaks, 300))
-    stop_at(monkeypatch, 12)
-    assert run_program(make_settings("lora", "--epochs", 1, "--save-every", 5)) == 130
-    assert train.run(make_settings("lora", "--epochs", 1, "--resume"))["metrics"]["peak_memory_mb"] == 900
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_state(make_settings, monkeypatch, capsys):
     chosen, loss, calls = make_settings("lora", "--save-every", 5), F.cross_entropy, []
 
@@ -1659,22 +1544,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_state(
     assert "step 15" in checkpoint.read_record(Path(chosen.out) / "run.json")["failed"]
 
 
-def test_loss_and_accuracy_do_not_depend_on_the_batches(make_settings, tiny, reviews, monkeypatch):
-    corpus, indices = corpus_of(reviews, tiny=tiny), np.arange(101)
-    model, batches = build(make_settings("lora"), 2, tiny).eval(), data.batches_of_tokens
-
-    def score():
-        return train.score(predict(model, corpus.sentences(indices)), corpus.labels[indices])
-
-    whole = score()
-    for budget in (1, 50, 100_000):
-        monkeypatch.setattr(data, "batches_of_tokens", lambda lengths: batches(lengths, budget))
-        assert score() == pytest.approx(whole, abs=1e-6)
-    logits = torch.from_numpy(predict(model, corpus.sentences(indices))).double()
-    by_hand = -np.log(logits.softmax(1).numpy()[indices, corpus.labels[indices]]).mean()
-    assert whole[0] == pytest.approx(by_hand, abs=1e-9)
-
-
 @pytest.mark.parametrize("technique, option", [
     ("full", "--head-dropout"), ("full", "--dropout"), ("lora", "--lora-dropout")])
 def test_evaluation_has_no_dropout_and_training_has(make_settings, tiny, technique, option):
@@ -1683,26 +1552,6 @@ def test_evaluation_has_no_dropout_and_training_has(make_settings, tiny, techniq
     for training in (True, False):
         model.train(training)
         assert torch.equal(model(random_ids()), model(random_ids())) != training
-
-
-def test_cached_features_of_a_frozen_encoder_train_the_same_head(make_settings, tiny, reviews):
-    chosen = make_settings("head", "--head-dropout", 0, "--epochs", 1)
-    train.run(chosen)
-    corpus, train_set, *_ = texts.load_data(chosen, tiny, read_config(tiny))
-    model = build(chosen, 2, tiny).train()
-    optimizer = train.make_optimizer(model, chosen)
-    batches = data.batches_of_like_length(corpus.lengths[train_set], 16, np.random.default_rng([0, 0]))
-    for step, batch in enumerate(batches, 1):
-        indices = train_set[batch]
-        loss = F.cross_entropy(model(*data.pad(corpus.sentences(indices))), torch.from_numpy(corpus.labels[indices]))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.head.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = chosen.lr * train.schedule(step, len(batches), chosen)
-        optimizer.step()
-        optimizer.zero_grad()
-    for name, tensor in load_file(Path(chosen.out) / "model.safetensors").items():
-        assert torch.allclose(tensor, model.state_dict()[name], atol=1e-4)
 
 
 def test_learning_rate_by_hand(make_settings):
@@ -1752,7 +1601,7 @@ def test_the_loop_is_adamw_with_clipping_as_written_by_hand(make_settings, tiny,
         assert (saved["head." + name] - parameter).abs().max() < 2e-5
 
 
-def test_bf16_trains_and_tests_in_bf16_and_keeps_what_is_trained_in_fp32(make_settings, monkeypatch):
+def test_bf16_trains_and_keeps_what_is_trained_in_fp32(make_settings, monkeypatch):
     chosen, dtypes, attend = make_settings("lora", "--precision", "bf16", "--epochs", 3), set(), Attention.attend
     monkeypatch.setattr(fast, "speed_up", lambda *arguments: [])  # the plain modules, to look at one of them
     monkeypatch.setattr(Attention, "attend", lambda self, query, *rest: (
@@ -1760,8 +1609,7 @@ def test_bf16_trains_and_tests_in_bf16_and_keeps_what_is_trained_in_fp32(make_se
     record = train.run(chosen)
     assert dtypes == {(True, torch.bfloat16), (False, torch.bfloat16)}
     assert record["machine"]["precision"] == "bf16" and record["metrics"]["test_accuracy"] > 0.9
-    saved = load_file(Path(chosen.out) / "model.safetensors")
-    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    assert {tensor.dtype for tensor in load_file(Path(chosen.out) / "model.safetensors").values()} == {torch.float32}
 
 
 def test_three_classes_and_a_test_file(make_settings, tmp_path):
@@ -1785,36 +1633,28 @@ def test_a_setting_that_does_not_fit_is_one_clear_line(make_settings, capsys, mo
     refused(make_settings("lora", *more), capsys, part)
 
 
-def test_without_a_terminal_progress_is_plain_lines(make_settings, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
-    with files.progress_bar(total=10) as bar:
-        assert bar.mininterval == bar.delay == 30 and bar.maxinterval > 30  # seconds between lines
-        bar.fp.write("\r  50% done   ")
-        bar.fp.write("\r   \n")
-    printed = capsys.readouterr()
-    assert printed.err == "50% done\n" and not printed.out  # standard output belongs to predictions
-
-
-def test_in_a_terminal_an_epoch_has_a_line_of_its_own(make_settings, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(sys, "stderr", sys.stdout)
-    train.run(make_settings("lora"))
-    assert re.findall(r"(.)epoch \d ", capsys.readouterr().out, re.S) == ["\r", "\r"]
-
-
 # -- tools/settings.py ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("words, part", [
-    ("lora --rank 0", "--rank: 0 is not at least 1"), ("head --rank 8", "--rank is not an option of head"),
-    ("adapter --rslora", "--rslora is not an option of adapter"), ("lora --lr fast", "--lr"), ("lora --lr nan", "--lr"), ("lora --lr inf", "--lr"), ("lora --alpha inf", "--alpha"),
-    ("prompt", "prompt"), ("lora --fold 10", "--fold"), ("lora --test t.csv", "--test needs --data"),
-    ("lora --data d.csv --test t.csv --fold 1", "--fold"), ("lora --dropout 2", "--dropout"), ("lora --res", "--res"),
-    ("lora --resume --overwrite", "not allowed with"), ("lora --data caf\udce9.csv", r"'caf\udce9.csv' is not UTF-8")])
-def test_a_wrong_option_is_one_clear_line(capsys, words, part):
+@pytest.mark.parametrize("program, line, part", [
+    (options, "lora --rank 0", "--rank: 0 is not at least 1"), (options, "head --rank 8", "not an option of head"),
+    (options, "adapter --rslora", "--rslora is not an option of adapter"), (options, "lora --lr fast", "--lr"),
+    (options, "lora --lr nan", "--lr"), (options, "lora --alpha inf", "--alpha"), (options, "prompt", "prompt"),
+    (options, "lora --fold 10", "--fold"), (options, "lora --test t.csv", "--test needs --data"),
+    (options, "lora --data d.csv --test t.csv --fold 1", "--fold"), (options, "lora --dropout 2", "--dropout"),
+    (options, "lora --res", "--res"), (options, "lora --resume --overwrite", "not allowed with"),
+    (options, "lora --data caf\udce9.csv", r"'caf\udce9.csv' is not UTF-8"),
+    (options, "head --separator ab", "'ab' is not one character"),
+    (options, "head --encoding rot13", "'rot13' is not an encoding"),
+    (compare, "--folds 11", "--folds"), (compare, "--test b", "needs --data"), (compare, "--rank 4", "--rank"),
+    (compare, "--study data --limit 9", "--limit is set"), (compare, "--quick --epochs 2", "--epochs is set"),
+    (compare, "--rates prompt", "prompt"), (compare, "--report --data a", "by the records"),
+    (compare, "--rates --folds 2", "--folds"), (compare, "--study nothing", "nothing"),
+    (compare, "--search --quick", "--search")])
+def test_a_wrong_option_is_one_clear_line(capsys, program, line, part):
     with pytest.raises(SystemExit) as stop:
-        options.parse(words.split())
+        program.parse(line.split())
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and part in error and "--help" in error
+    assert stop.value.code == 2 and error.count("\n") == 1 and part in error
 
 
 @pytest.mark.parametrize("words", ["head", "lora --rank 4 --targets query value --rslora --fold 3",
@@ -1853,10 +1693,8 @@ ROWS = 'good film{0}1\n"bad film, very bad"{0}0\n"""fine"" cast"{0}1\ndull plot{
     ("bom.csv", '\ufefflabel,more,text\r\n1,x,good film\r\n0,x,"bad film, very bad"\r\n1,"x\r\ny","""fine"" cast"\r\n'
                 '0,x,dull plot', [2, 3, 4, 6]),
     ("capital.CSV", "Text,LABEL\n" + ROWS.format(","), [2, 3, 4, 5]),
-    ("semicolon.csv", "text;label\n" + ROWS.format(";"), [2, 3, 4, 5]),
     ("excel.csv", "sep=;\r\ntext;label\r\n" + ROWS.format(";"), [3, 4, 5, 6]),
     ("joined.csv", "text,label\n" + ROWS.format(",") + "\ufefftext,label\n", [2, 3, 4, 5]),
-    ("tab.csv", "text\tlabel\n" + ROWS.format("\t"), [2, 3, 4, 5]),
     ("one_name.tsv", "sentence\tlabel\n" + ROWS.format("\t"), [2, 3, 4, 5]),
     ("pandas.tsv", 'more\ttext\tlabel\n"x\ny"\tgood film\t1\n\tbad film, very bad\t0\n\t"""fine"" cast"\t1\n'
                    '""\tdull plot\t0', [2, 4, 5, 6]),
@@ -1870,20 +1708,15 @@ ROWS = 'good film{0}1\n"bad film, very bad"{0}0\n"""fine"" cast"{0}1\ndull plot{
      [1, 2, 3, 4])])
 def test_the_same_table_is_read_in_every_form(tmp_path, tiny, name, content, lines):
     path = write_files(tmp_path, {name: content}) / name
-    assert [row[1:] for row in texts.read_file(path) if row[1]] == TABLE
     corpus = corpus_of(path, tiny=tiny)
     assert corpus.classes == ["0", "1"] and corpus.labels.tolist() == [1, 0, 1, 0] and corpus.line.tolist() == lines
-    assert texts.read_texts(corpus, [2, 0]) == [TABLE[2][0], TABLE[0][0]]
+    assert texts.read_texts(corpus, [3, 2, 1, 0]) == [text for text, _ in TABLE[::-1]]
 
 
-@pytest.mark.parametrize("content, reading, text", [
-    ("caf\u00e9".encode("cp1252"), {}, "caf\u00e9"), ("caf\u00e9".encode("utf-16"), {}, "caf\u00e9"),
-    ("\u597d\u7684".encode("gb18030"), {"encoding": "gb18030"}, "\u597d\u7684"),
-    ("caf\u00e9".encode("utf-16-le"), {"encoding": "utf-16-le"}, "caf\u00e9")])
-def test_a_text_is_read_in_its_encoding(tmp_path, content, reading, text):
-    encoding = reading.get("encoding") or ("utf-16-le" if content[:2] == b"\xff\xfe" else "ascii")
-    path = write_files(tmp_path, {"a.csv": content + ",pos\n".encode(encoding)}) / "a.csv"
-    assert list(texts.read_file(path, **reading)) == [(1, text, "pos")]
+@pytest.mark.parametrize("content, encoding", [("caf\u00e9", "cp1252"), ("\u597d\u7684", "gb18030")])
+def test_a_text_is_read_in_the_encoding_that_is_given(tmp_path, content, encoding):
+    path = write_files(tmp_path, {"a.csv": f"{content},pos\n".encode(encoding)}) / "a.csv"
+    assert list(texts.read_file(path, encoding=encoding)) == [(1, content, "pos")]
 
 
 @pytest.mark.parametrize("names, expected", [
@@ -1897,29 +1730,16 @@ def test_classes_that_are_whole_numbers_are_sorted_by_value(tmp_path, tiny, name
 
 def test_a_folder_with_one_subfolder_a_class_is_a_data_set(tmp_path, tiny):
     folder = write_files(tmp_path / "train", {
-        "pos/1_9.txt": "good\nfilm\n", "neg/10_2.txt": "dull plot", "neg/2_1.TXT": "bad film", "pos/0_7.txt": "fine",
-        "unsup/0_0.txt": "a film", "pos/.hidden.txt": "x", "pos/readme.md": "x", "urls_pos.txt": "x", ".x/a.txt": "x",
-        "pos/deeper/1.txt": "x", "__MACOSX/pos/._1_9.txt": "x"})
+        "pos/1_9.txt": "good\nfilm\n", "neg/10_2.txt": "dull plot", "neg/2_1.TXT": b"weak caf\xe9", "pos/0_7.txt": "fine",
+        "unsup/0_0.txt": "a film", "pos/.hidden.txt": "x", "pos/readme.md": "x", "pos/deeper/1.txt": "x",
+        "__MACOSX/pos/._1_9.txt": "x"})
     corpus = corpus_of(folder, tiny=tiny)
     assert corpus.classes == ["neg", "pos"] and corpus.labels.tolist() == [0, 0, 1, 1]
-    assert corpus.line.tolist() == [1, 2, 3, 4]
-    assert texts.read_texts(corpus, [3, 0, 2, 1]) == ["good\nfilm", "dull plot", "fine", "bad film"]
-    assert corpus.notes == [
-        f"left out of {folder}: 1 file in ., 1 file in .x, 1 file in __MACOSX/pos, 2 files in pos, 1 file in "
-        "pos/deeper, 1 file in unsup (the texts of a class are the .txt files in its folder)"]
-    more = write_files(tmp_path / "more", {"neg/1.txt": "slow", "neg/2.txt": b"weak caf\xe9", "pos/1.txt": "warm",
-                                            "pos/2.txt": b"funny caf\xe9"})
-    both = corpus_of(folder, more, tiny=tiny)
-    assert (f"{more}/neg/2.txt, line 1: not UTF-8, so 1 such line read as Windows-1252 (--encoding names another); "
-            "2 such files") in both.notes
-    assert both.file.tolist() == [0] * 4 + [1] * 4 and texts.read_texts(both, [0, 4]) == ["dull plot", "slow"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such name")
-def test_a_class_folder_whose_name_is_not_utf_8_is_refused(tmp_path, tiny):
-    folder = write_files(tmp_path / "data", {"pos/a.txt": "good", "caf\udce9/b.txt": "bad"})
-    with user_error(f"{folder}: the name of the class folder", "is not UTF-8"):
-        corpus_of(folder, tiny=tiny)
+    assert texts.read_texts(corpus, [3, 0, 2, 1]) == ["good\nfilm", "dull plot", "fine", "weak caf\u00e9"]
+    assert {f"left out of {folder}: 1 file in __MACOSX/pos, 2 files in pos, 1 file in pos/deeper, 1 file in unsup "
+            "(the texts of a class are the .txt files in its folder)",
+            f"{folder}/neg/2_1.TXT, line 1: not UTF-8, so 1 such line read as Windows-1252 (--encoding names another)"
+            } <= set(corpus.notes)
 
 
 def test_the_fingerprint_of_a_folder_depends_on_names_and_contents_of_its_texts_only(tmp_path, reviews):
@@ -1938,9 +1758,6 @@ GOOD = "text,label\n" + "".join(f"good film {word},pos\nbad film {word},neg\n" f
 @pytest.mark.parametrize("name, content, note", [
     ("a.csv", GOOD.encode() + b"caf\xe9 a,pos\ncaf\xe9 b,neg\n",
      "{path}, line 42: not UTF-8, so 2 such lines read as Windows-1252 (--encoding names another)"),
-    ("a.tsv", GOOD.replace(",", "\t") + '"fine" cast\tpos\n"cast"\tpos\n',
-     "{path}: not every field that begins with a quotation mark ends with one, so quotation marks are part of the text "
-     "(2 fields)"),
     ("a.tsv", GOOD.replace(",", "\t") + '"fine cast\tpos\n"dull film\tneg\nfine"\tpos\n',  # marks of other rows
      "{path}: not every field that begins with a quotation mark ends with one, so quotation marks are part of the text "
      "(2 fields)"),
@@ -1953,22 +1770,18 @@ GOOD = "text,label\n" + "".join(f"good film {word},pos\nbad film {word},neg\n" f
     ("a.csv", GOOD + "sushi,pos\n", "0.8% of the tokens are [UNK]: the vocabulary of the weights lacks them"),
     ("a.csv", GOOD + "sushi ramen " * 9 + ",pos\n",
      "warning: 13.0% of the tokens are [UNK]: the vocabulary of the weights lacks them; take weights for this "
-     "language, or multilingual ones, with --weights"),
-    ("a.csv", GOOD + ",pos\n", "skipped 1 row without text in {path}"),
-    ("a.csv", GOOD + "good film a,pos\n", "dropped 1 repeated sentence")])
+     "language, or multilingual ones, with --weights")])
 def test_what_is_left_out_or_read_in_a_second_way_is_noted(tmp_path, tiny, name, content, note):
     path = write_files(tmp_path, {name: content}) / name
     assert note.format(path=path) in corpus_of(path, tiny=tiny).notes
 
 
 @pytest.mark.parametrize("name, content, parts", [(name, content, parts) for name, content, *parts in [
-    ("mine.csv", "", "mine.csv holds no sentences"),
     ("mine.csv", "text,label\n,pos\n  ,neg\n", "mine.csv holds no sentences"),
     ("mine.csv", "text,label\na,pos\nb,pos\n", "every label is 'pos'"),
     ("mine.csv", GOOD.replace("text,label", "review,stars"), "line 1: ", "1 sentence labelled 'stars'",
      "--label-column"),
     ("mine.csv", "id,text,class\n1,good,a\n", "no column 'label' but 'id', 'text', 'class'", "--label-column"),
-    ("mine.csv", "sentence\ngood\n", "no column 'text' but 'sentence'", "--text-column"),
     ("mine.csv", GOOD + "once,more\n", "line 42: ", "1 sentence labelled 'more'"),
     ("mine.csv", GOOD + "no label,\n", "line 42", "without a label"),
     ("mine.csv", GOOD + "one, two,pos\n", "line 42", "3 columns where the first line has 2"),
@@ -1976,18 +1789,13 @@ def test_what_is_left_out_or_read_in_a_second_way_is_noted(tmp_path, tiny, name,
     ("mine.csv", GOOD.encode() + b"\x81,pos\n", "line 42: not plain text", "--encoding"),
     ("mine.csv", GOOD + "nul\0,pos\n", "line 42: not plain text", "NUL byte"),
     ("mine.csv.gz", GOOD, "mine.csv.gz could not be read (Not a gzipped file"),
-    ("mine.csv.gz", gzip.compress(GOOD.encode())[:-20], "mine.csv.gz could not be read (Compressed file ended"),
     *(("mine.jsonl", f'{{"text": "fine", "label": 1}}\n{line}\n', "mine.jsonl, line 2") for line in (
-        "not json", '["a"]', '[{"text": "a", "label": 1}]', '{"text": "a"}', '{"text": 3, "label": 1}', '{"label": 1}',
-        '{"text": "a", "label": []}', '{"text": "a", "label": null}', '{"text": "a", "label": NaN}',
-        '{"text": "\\ud800", "label": 1}', "[" * 100_000)),
+        "not json", '["a"]', '{"text": "a"}', '{"text": 3, "label": 1}', '{"text": "a", "label": []}',
+        '{"text": "a", "label": null}', '{"text": "a", "label": NaN}', '{"text": "\\ud800", "label": 1}')),
     ("mine.json", '[{"text": "fine", "label": 1}, 3]', "mine.json, line 2: not a JSON object (3)"),
-    ("mine.json", '[{"text": "fine", "label": 1}', "mine.json, line 1: not a JSON object"),
     ("flat/a.txt", "good", "flat holds no sentences"),
-    ("a/pos/1.md", "good", "pos holds no .txt file, but each subfolder is a class"),
-    ("a/pos/deeper/1.txt", "good", "pos holds no .txt file"),
-    ("a/pos/1.txt", b"\x81", "pos/1.txt, line 1: not plain text"),
-    ("a/pos/1.txt/file", "good", "pos/1.txt could not be read")]])
+    ("a/pos/deeper/1.txt", "good", "pos holds no .txt file, but each subfolder is a class"),
+    ("a/pos/1.txt", b"\x81", "pos/1.txt, line 1: not plain text")]])
 def test_a_file_or_folder_that_cannot_be_used_is_one_clear_line(tmp_path, tiny, name, content, parts):
     write_files(tmp_path, {name: content})
     with user_error(*parts):
@@ -2073,61 +1881,34 @@ def test_each_row_of_a_test_file_is_scored_and_nothing_like_it_is_trained_on(tmp
 @pytest.mark.parametrize("name, content, names, rows", [
     ("a.csv", "id;text\n1;good, warm\n2;dull\n", ["id", "text"], [["1", "good, warm"], ["2", "dull"]]),
     ("a.tsv", "text\n\"good\" film\ndull, slow\n", ["text"], [["\"good\" film"], ["dull, slow"]]),
-    ("a.jsonl", '{"text": "good", "n": 1}\n{"n": 2, "text": "dull"}\n', ["text", "n"], [["good", 1], ["dull", 2]]),
-    ("a.json", '[{"text": "good"}, {"text": "dull"}]', ["text"], [["good"], ["dull"]])])
+    ("a.jsonl", '{"text": "good", "n": 1}\n{"n": 2, "text": "dull"}\n', ["text", "n"], [["good", 1], ["dull", 2]])])
 def test_a_table_without_labels_can_be_opened_for_prediction(tmp_path, name, content, names, rows):
     table = texts.open_table(write_files(tmp_path, {name: content}) / name, [], labelled=False)
     assert table.names == names and [row for _, row in table.rows] == rows and names[table.text] == "text"
 
 
-@pytest.mark.parametrize("words, part", [
-    ("--separator ab", "'ab' is not one character"), ("--encoding utf-99", "'utf-99' is not an encoding"),
-    ("--encoding rot13", "'rot13' is not an encoding")])
-def test_an_encoding_or_a_separator_that_does_not_exist_is_one_clear_line(capsys, words, part):
-    with pytest.raises(SystemExit):
-        options.parse(["head", *words.split()])
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and part in error
-    assert options.parse(["head", "--separator", "tab"]).separator == "\t"
-
-
 # -- tools/checkpoint.py and using a run ------------------------------------------------------------------
 
-@pytest.fixture
-def finished_run(make_settings):
-    chosen = make_settings("adapter")
-    train.run(chosen)
-    return Path(chosen.out)
+DAMAGES = {"truncated": lambda content: content[: len(content) // 2], "empty": lambda content: b"",
+           "over-long header": lambda content: (10**15).to_bytes(8, "little") + content[8:],
+           "a list": lambda content: b"[]"}
+FILES = ["run/model.safetensors", "run/run.json", "weights/config.json", "weights/model.safetensors",
+         "weights/tokenizer.json"]
 
 
-FRESH = """
-import sys, torch; torch.set_num_threads(1); from minipeft import data, model as models; from minipeft.tools import checkpoint
-for run in sys.argv[1:]:
-    model, record, weights = checkpoint.open_run(run)
-    sentences, _ = data.tokenize(data.load_tokenizer(weights, 40), ["a good film", "a very dull plot"])
-    print([value.hex() for value in models.predict(model, sentences).ravel().tolist()])
-"""
-
-
-def test_a_run_opened_in_a_fresh_process_gives_the_same_bits(make_settings, monkeypatch):
-    expected, runs = [], []
-
-    def predict_first(model):  # called when the model is trained, and not merged
-        sentences, _ = data.tokenize(data.load_tokenizer(runs[-1].weights, 40), ["a good film", "a very dull plot"])
-        predictions = models.predict(model.eval(), sentences)
-        expected.append(str([value.hex() for value in predictions.ravel().tolist()]))
-
-    monkeypatch.setattr(fast, "speed_up", lambda *_: [])  # a twin may differ in the last bit
-    monkeypatch.setattr(fast, "restore", predict_first)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for technique in options.TECHNIQUES:
-        runs.append(make_settings(technique, "--epochs", 1, out=technique))
-        train.run(runs[-1])
-    torch.set_num_threads(threads)
-    fresh = subprocess.run([sys.executable, "-c", FRESH, *(run.out for run in runs)], cwd=ROOT, check=True,
-                           capture_output=True, text=True)
-    assert fresh.stdout.splitlines() == expected and len(expected) == len(options.TECHNIQUES)
+@pytest.mark.parametrize("name, damage", [
+    *((name, damage) for name in FILES for damage in DAMAGES.values()),
+    ("run/run.json", lambda content: content.replace(b'"classes"', b'"c"')), ("run/model.safetensors", flipped)])
+def test_a_damaged_file_is_one_clear_line_that_names_it(finished_run, tiny, make_settings, tmp_path, name, damage):
+    weights = shutil.copytree(tiny, tmp_path / "weights")
+    path = tmp_path / name
+    path.write_bytes(damage(path.read_bytes()))
+    with user_error(path.name):
+        if name.startswith("run"):
+            open_run(finished_run)
+        else:
+            train.run(make_settings("lora", "--weights", weights, out="new"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_file_with_a_key_too_many_or_too_few_is_refused_with_the_list(finished_run):
@@ -2135,38 +1916,8 @@ def test_a_file_with_a_key_too_many_or_too_few_is_refused_with_the_list(finished
     tensors, _ = checkpoint.read_tensors(path)
     lost = tensors.pop("head.dense.bias")
     checkpoint.write_tensors(path, tensors | {"head.extra": lost})
-    with pytest.raises(UserError, match="missing head.dense.bias; unexpected head.extra"):
-        checkpoint.open_run(finished_run)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "run.json"])
-@pytest.mark.parametrize("damage", [truncated, over_long_header, lambda content: b"", lambda content: b"[]"])
-def test_a_damaged_run_is_one_clear_line(finished_run, name, damage):
-    path = finished_run / name
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=name):
-        checkpoint.open_run(finished_run)
-
-
-def test_a_flipped_bit_in_a_weight_is_found(finished_run):
-    path = finished_run / "model.safetensors"
-    path.write_bytes(flipped(path.read_bytes()))
-    with pytest.raises(UserError, match="does not match its hash"):
-        checkpoint.open_run(finished_run)
-
-
-def test_a_record_that_lacks_any_key_is_a_user_error(finished_run):
-    """Every key of a record, and every key inside its objects, taken out in turn."""
-    path = finished_run / "run.json"
-    record = json.loads(path.read_text())
-    lacking = {key: {k: v for k, v in record.items() if k != key} for key in record}
-    lacking |= {key: record | {part: {k: v for k, v in record[part].items() if k != key}}
-                for part in ("settings", "machine", "metrics", "dev", "weights_sha256", "parameters")
-                for key in record[part] if key not in ("weights", "data", "fold")}  # these may be absent
-    for key, content in lacking.items():
-        path.write_text(json.dumps(content))
-        with user_error("run.json" if key not in record["weights_sha256"] else "weights", key):
-            checkpoint.open_run(finished_run)
+    with user_error("missing head.dense.bias; unexpected head.extra"):
+        open_run(finished_run)
 
 
 def test_a_damaged_state_is_refused(make_settings, monkeypatch, capsys):
@@ -2174,14 +1925,9 @@ def test_a_damaged_state_is_refused(make_settings, monkeypatch, capsys):
     stop_at(monkeypatch, 8)
     assert run_program(chosen) == 130
     state = Path(chosen.out) / "state.safetensors"
-    whole = state.read_bytes()
-    tensors, about = checkpoint.read_tensors(state)
-    state.write_bytes(flipped(whole))
+    state.write_bytes(flipped(state.read_bytes()))
     assert run_program(make_settings("lora", "--resume")) == 2
     assert "state.safetensors is damaged" in capsys.readouterr().err
-    for key in about:
-        checkpoint.write_tensors(state, tensors, {k: v for k, v in about.items() if k != key})
-        assert run_program(make_settings("lora", "--resume")) == 2 and "is damaged" in capsys.readouterr().err
 
 
 def test_other_base_weights_are_refused(finished_run, tiny, tmp_path):
@@ -2197,39 +1943,27 @@ def test_a_run_with_weights_from_a_relative_path_is_used_in_any_folder(make_sett
     settings = make_settings("head", "--weights", tiny.name, "--epochs", 1)
     train.run(settings)
     monkeypatch.chdir(tmp_path)
-    assert checkpoint.open_run(settings.out)[2] == tiny.resolve()
-    settings.weights, nothing = "some/model", SimpleNamespace(files=[], classes=[])  # a name on the Hub stays
-    record = checkpoint.start_record(settings, Compute(), tiny, nothing, {}, {})
-    assert record["settings"]["weights"] == "some/model"
+    assert open_run(settings.out)[2] == tiny.resolve()
 
 
-PREDICT = [sys.executable, "-m", "minipeft", "predict"]
-
-
-def test_classifying_from_the_shell(finished_run, capsys):
-    given = subprocess.run([*PREDICT, str(finished_run)], cwd=ROOT, check=True, text=True, capture_output=True,
-                           input="a good warm film\r\n\na bad dull plot").stdout.splitlines()
-    assert command_line.main(["predict", str(finished_run), "a good warm film", "a bad dull plot"]) == 0
-    lines = capsys.readouterr().out.splitlines()[-2:]
-    assert [line.split("\t")[0] for line in lines] == ["good", "bad"]
-    assert len(given) == 3 and [given[0], given[2]] == lines
-    assert command_line.main(["predict", str(finished_run / "none"), "text"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "no finished run" in error
-
-
-def test_a_program_gets_the_answer_to_a_line_before_it_writes_the_next(finished_run):
-    with subprocess.Popen([*PREDICT, str(finished_run)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          encoding="utf-8", bufsize=1) as process:
+def test_a_program_gets_the_answer_to_a_line_before_it_writes_the_next(finished_run, capsys):
+    texts, answers = ["a good warm film", "a bad dull plot"], []
+    with subprocess.Popen([sys.executable, "-m", "minipeft", "predict", str(finished_run)], cwd=ROOT, bufsize=1,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") as process:
         guard = threading.Timer(300, process.kill)  # instead of waiting for ever
         guard.start()
-        for text, label in (("a good warm film", "good"), ("a bad dull plot", "bad")):
+        for text in texts:
             process.stdin.write(text + "\n")
-            answer = process.stdout.readline().split("\t")
-            assert (answer[0], answer[2]) == (label, text + "\n")
+            answers.append(process.stdout.readline().rstrip("\n"))
         process.stdin.close()
         assert process.wait() == 0
         guard.cancel()
+    assert [answer.split("\t")[::2] for answer in answers] == [["good", texts[0]], ["bad", texts[1]]]
+    assert command_line.main(["predict", str(finished_run), *texts]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == answers
+    assert command_line.main(["predict", str(finished_run / "none"), "text"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no finished run" in error
 
 
 def test_a_terminal_shows_a_prompt_and_other_encodings_are_one_clear_line(finished_run, capsys, monkeypatch):
@@ -2243,10 +1977,8 @@ def test_a_terminal_shows_a_prompt_and_other_encodings_are_one_clear_line(finish
     assert (code, out, error.count("\n")) == (2, "", 1) and "not UTF-8" in error
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["predict", None, "a good warm film"]])
-def test_output_that_nobody_reads_ends_without_a_message(finished_run, arguments):
-    words = [str(word or finished_run) for word in arguments]
-    with subprocess.Popen([sys.executable, "-m", "minipeft", *words], cwd=ROOT, stdout=subprocess.PIPE,
+def test_output_that_nobody_reads_ends_without_a_message():
+    with subprocess.Popen([sys.executable, "-m", "minipeft", "--help"], cwd=ROOT, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait() == 0
@@ -2262,21 +1994,18 @@ def test_the_output_of_a_notebook_is_written_to_as_it_is(monkeypatch):
 
 
 def test_a_csv_file_is_classified_with_probabilities(finished_run, tmp_path, capsys):
-    run, path = finished_run, tmp_path / "in.csv"
+    path = tmp_path / "in.csv"
     capsys.readouterr()  # what training prints
     path.write_text('id,text\n1,"a good, warm film"\n2,"dull\nand slow"\n', encoding="utf-8-sig")
-    assert command_line.main(["predict", str(run), "--csv", str(path)]) == 0
+    assert command_line.main(["predict", str(finished_run), "--csv", str(path)]) == 0
     header, *rows = csv.reader(capsys.readouterr().out.splitlines(keepends=True))
     assert header == ["id", "text", "prediction", "p(bad)", "p(good)"] and [row[0] for row in rows] == ["1", "2"]
     assert rows[1][1] == "dull\nand slow"
     for row in rows:
         assert row[2] == ("good" if float(row[4]) > 0.5 else "bad") and abs(float(row[3]) + float(row[4]) - 1) < 2e-4
-    path.write_text(f"id,text\n1,{'long ' * 30000}\n")  # beyond the csv module's limit for a field
-    assert command_line.main(["predict", str(run), "--csv", str(path)]) == 0 and "texts cut" in capsys.readouterr().err
-    wrong = {"id,review\n1,x\n": "no column 'text'", "id,text\n1,a,b\n": "line 2: 3 columns", "": "is empty"}
-    for content, part in wrong.items():
+    for content, part in {"id,review\n1,x\n": "no column 'text'", "id,text\n1,a,b\n": "line 2: 3 columns"}.items():
         path.write_text(content)
-        assert command_line.main(["predict", str(run), "--csv", str(path)]) == 2
+        assert command_line.main(["predict", str(finished_run), "--csv", str(path)]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and part in error
 
@@ -2296,25 +2025,9 @@ def test_evaluating_a_run_on_its_test_sentences_gives_the_numbers_of_its_record(
     assert f"loss {record['metrics']['test_loss']:.3f}" in out and "skipped 1 row without text" in out
     assert "warning" not in out and command_line.main(["evaluate", str(finished_run), str(reviews)]) == 0
     assert "was trained on" in capsys.readouterr().out
-    for content, part in (("text,label\nfine,good\nwarm,Good\n", "line 3: the label 'Good' is none of"),
-                          ("text,label\nfine,good\nwarm,\n", "line 3: a text without a label"),
-                          ("text,label\n", "holds no sentences"), ("review,label\nfine,good\n", "--text-column")):
-        path.write_text(content)
-        if part == "--text-column":
-            assert command_line.main(["evaluate", str(finished_run), str(path), "--text-column", "review"]) == 0
-            continue
-        assert command_line.main(["evaluate", str(finished_run), str(path)]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and part in error
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-@pytest.mark.parametrize("damage", [truncated, over_long_header, lambda content: b"", lambda content: b"[]"])
-def test_damaged_weights_are_one_clear_line(tiny, tmp_path, make_settings, capsys, name, damage):
-    for file in tiny.iterdir():
-        shutil.copy(file, tmp_path / file.name)
-    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
-    refused(make_settings("lora", "--weights", tmp_path), capsys, name)
+    path.write_text("text,label\nfine,good\nwarm,Good\n")
+    assert command_line.main(["evaluate", str(finished_run), str(path)]) == 2
+    assert "line 3: the label 'Good' is none of" in capsys.readouterr().err
 
 
 # -- tools/metrics.py -------------------------------------------------------------------------------------
@@ -2377,12 +2090,8 @@ def test_json_is_read_back_and_its_keys_are_checked(tmp_path):
     content = {"a": [1, 2.5], "b": {"c": "\u00e9"}}
     files.write_json(tmp_path / "a.json", content)
     assert files.read_json(tmp_path / "a.json", ("a", "b")) == content
-    with pytest.raises(UserError, match="a.json is damaged .missing: d"):
+    with user_error("a.json is damaged", "missing: d"):
         files.read_json(tmp_path / "a.json", ("a", "d"))
-    for damaged in ("[]", '{"a": ', ""):
-        (tmp_path / "a.json").write_text(damaged)
-        with pytest.raises(UserError, match="a.json is damaged"):
-            files.read_json(tmp_path / "a.json")
 
 
 # -- tools/download.py ------------------------------------------------------------------------------------
@@ -2518,19 +2227,17 @@ def test_speed_ups_change_no_tensor_or_name_and_can_be_repeated(tiny):
 @pytest.mark.parametrize("technique", ["head", "adapter", "lora"])
 def test_weights_cast_once_give_the_bits_of_autocast_before_and_after_a_merge(technique, tiny, make_settings):
     def compute(twins):
-        torch.manual_seed(0)
-        model = build(make_settings(technique, "--head-dropout", 0), 2, tiny)
-        random_updates(model)
+        model = random_updates(build(make_settings(technique, "--head-dropout", 0), 2, tiny))
         fast.speed_up(model, Compute("cpu", "bf16"), twins)
         with torch.autocast("cpu", torch.bfloat16):
-            outputs = [model(random_ids())]
-        outputs[0].square().sum().backward()
-        outputs += [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+            output = model(random_ids())
+        output.square().sum().backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
         fast.restore(model)
         merge_lora(model)
         fast.speed_up(model, Compute("cpu", "bf16"), twins)
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            return [*outputs, model(random_ids())]
+            return [output, *gradients, model(random_ids())]
 
     plain, quick = (compute(twins) for twins in ((fast.FastLoRALinear,), (fast.FastLoRALinear, fast.CastOnceLinear)))
     assert all(torch.equal(one, other) for one, other in zip(plain, quick, strict=True))
@@ -2575,26 +2282,6 @@ def test_in_bf16_the_norms_and_the_residual_stream_are_fp32_and_the_products_bf1
     assert dtypes == {nn.LayerNorm: {torch.float32}, LoRALinear: {torch.bfloat16}}
 
 
-def test_forty_steps_with_speed_ups_have_the_losses_of_the_plain_loop(tiny, make_settings):
-    def losses(quick):
-        model = models.build(make_settings("lora", "--seed", 1), 2, tiny)
-        if quick:
-            assert fast.speed_up(model, Compute("cpu", "fp32"))
-        optimizer = torch.optim.AdamW(models.trained(model).values(), lr=1e-3)
-        model.train()
-        for step in range(40):
-            torch.manual_seed(step)
-            loss = F.cross_entropy(model(random_ids(), PADDED if step % 2 else None), torch.tensor([0, 1, step % 2]))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            yield loss.item()
-
-    plain = list(losses(False))
-    assert min(plain[-2:]) < 0.9 * plain[0]
-    assert max(abs(one - other) for one, other in zip(plain, losses(True))) < 1e-6
-
-
 def test_the_faster_precision_is_chosen_and_a_slow_bf16_is_tried_once_only(monkeypatch):
     tried = []
 
@@ -2602,23 +2289,17 @@ def test_the_faster_precision_is_chosen_and_a_slow_bf16_is_tried_once_only(monke
         tried.append(tokens)
         return rates[dtype]
 
-    monkeypatch.setattr(fast, "product_rate", rate)
-    rates = {torch.float32: 185.0, torch.bfloat16: 442.0}
-    assert fast.fastest_precision("cpu", 384, 1536) == ("bf16", "442 GFLOP/s; fp32 185") and tried == [16, 16, 256, 256]
-    rates = {torch.float32: 315.0, torch.bfloat16: 166.0}
-    assert fast.fastest_precision("cpu", 384, 1536) == ("fp32", "315 GFLOP/s; bf16 166")
-    rates, tried = {torch.float32: 105.0, torch.bfloat16: 12.0}, []
-    assert fast.fastest_precision("cpu", 384, 1536) == ("fp32", "105 GFLOP/s; bf16 12") and tried == [16, 16]
-    assert fast.fastest_precision("mps", 384, 1536)[0] == "fp32"
-
-
-def test_precision_and_padding_are_chosen_for_the_device(monkeypatch):
     assert fast.product_rate(4, 8, 8, torch.float32, seconds=1e-6) > 0
-    assert [fast.pad_multiple(precision, "cpu") for precision in ("fp32", "bf16")] == [1, 8]
-    assert fast.pad_multiple("bf16", "cuda") == 1
+    monkeypatch.setattr(fast, "product_rate", rate)
+    for fp32, bf16, chosen, calls in ((185.0, 442.0, "bf16", [16, 16, 256, 256]), (315.0, 166.0, "fp32", None),
+                                      (105.0, 12.0, "fp32", [16, 16])):
+        rates = {torch.float32: fp32, torch.bfloat16: bf16}
+        tried.clear()
+        assert fast.fastest_precision("cpu", 384, 1536)[0] == chosen and (calls is None or tried == calls)
     for supported, precision in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
         assert fast.fastest_precision("cuda", 384, 1536)[0] == precision
+    assert fast.fastest_precision("mps", 384, 1536)[0] == "fp32"
 
 
 # -- tools/distributed.py ---------------------------------------------------------------------------------
@@ -2689,22 +2370,6 @@ def test_two_processes_resume_to_the_same_bits(several):
 
 # -- tools/export.py --------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def finished_runs(tiny, reviews, tmp_path_factory):
-    """A function that trains a short run once: finished_runs("lora", "cls") -> its folder."""
-    folder = tmp_path_factory.mktemp("finished")
-
-    def finish(technique, pooling, *more):
-        out = folder / "-".join((technique, pooling, *more))
-        if not out.is_dir():
-            train.run(options.parse([
-                technique, "--weights", str(tiny), "--data", str(reviews), "--pooling", pooling, "--limit", "60",
-                "--lr", "0.05", "--device", "cpu", "--precision", "fp32", "--max-length", "40", "--epochs", "1",
-                "--out", str(out), *more]))
-        return out
-    return finish
-
-
 def test_a_saved_encoder_has_hugging_face_s_names_and_loads_to_the_same_bits(tiny, tmp_path):
     encoder = load_bert(tiny)
     save_bert(encoder, tmp_path / "copy")
@@ -2717,19 +2382,11 @@ def test_a_saved_encoder_has_hugging_face_s_names_and_loads_to_the_same_bits(tin
     assert not (tmp_path / "wrapped").exists()
 
 
-def refusal(function, *arguments):
-    with pytest.raises(UserError) as error:
-        function(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_the_files_for_peft_have_its_names_shapes_and_keys(finished_runs, tmp_path):
-    run = finished_runs("lora", "cls", "--rank", "3", "--rslora", "--top-layers", "1")
+def test_the_files_for_peft_have_its_names_shapes_and_keys(finished, tmp_path):
+    run = finished("lora", "--pooling", "cls", "--rank", 3, "--rslora", "--top-layers", 1)
     interop.export(run, tmp_path / "peft", "peft")
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    assert list(config) == sorted(config) and config["task_type"] == "SEQ_CLS" and config["use_rslora"] is True
-    assert (config["r"], config["lora_alpha"]) == (3, 16)
+    assert (config["task_type"], config["r"], config["lora_alpha"], config["use_rslora"]) == ("SEQ_CLS", 3, 16, True)
     assert set(config["modules_to_save"]) == {"classifier", "pooler", "score"}
     tensors, about = read_safetensors(tmp_path / "peft" / "adapter_model.safetensors")
     assert about["format"] == "pt" and len(tensors) == 6 * 2 + 4
@@ -2737,22 +2394,21 @@ def test_the_files_for_peft_have_its_names_shapes_and_keys(finished_runs, tmp_pa
     assert tensors["base_model.model.bert.encoder.layer.1.output.dense.lora_B.weight"].shape == (32, 3)
     assert tensors["base_model.model.bert.pooler.dense.weight"].shape == (32, 32)
     assert "encoder.layer.1.output.dense" in config["target_modules"] and len(config["target_modules"]) == 6
-    assert refusal(interop.export, run, tmp_path / "peft", "peft").endswith("choose another")
+    with user_error("choose another"):
+        interop.export(run, tmp_path / "peft", "peft")
 
 
 @pytest.mark.parametrize("technique, pooling", [
-    ("lora", "cls"), ("lora", "mean"), ("head", "mean"), ("bitfit", "cls"), ("full", "mean")])
-def test_a_run_exported_for_transformers_is_a_checkpoint(finished_runs, tmp_path, technique, pooling):
-    run, folder = finished_runs(technique, pooling), tmp_path / "out"
+    ("lora", "cls"), ("lora", "mean"), ("bitfit", "cls"), ("full", "mean")])
+def test_a_run_exported_for_transformers_is_a_checkpoint(finished, tmp_path, technique, pooling):
+    run, folder = finished(technique, "--pooling", pooling), tmp_path / "out"
     interop.export(run, folder, "transformers")
-    model, _, weights = checkpoint.open_run(run)
+    model, _, weights = open_run(run)
     config = json.loads((folder / "config.json").read_text())
     assert config.get("id2label") == ({"0": "bad", "1": "good"} if pooling == "cls" else None)
-    assert config["model_type"] == "bert" and config["hidden_dropout_prob"] == 0
     assert config["architectures"] == ["BertForSequenceClassification" if pooling == "cls" else "BertModel"]
     tensors = load_file(folder / "model.safetensors")
-    encoder, ids = load_bert(folder), random_ids()
-    torch.testing.assert_close(encoder(ids), model.encoder(ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(load_bert(folder)(random_ids()), model.encoder(random_ids()), rtol=0, atol=1e-5)
     assert (folder / "tokenizer.json").read_bytes() == (weights / "tokenizer.json").read_bytes()
     if pooling == "cls":
         assert all(name.startswith(("bert.", "classifier.")) for name in tensors)
@@ -2764,17 +2420,16 @@ def test_a_run_exported_for_transformers_is_a_checkpoint(finished_runs, tmp_path
     assert all(torch.equal(tensor, model.head.state_dict()[name]) for name, tensor in head.items())
 
 
-@pytest.mark.parametrize("technique, more, to, lines", [
-    ("head", [], "transformers", 8), ("lora", [], "peft", 10), ("adapter", ["--norms"], "adapters", 11)])
+@pytest.mark.parametrize("technique, more, to", [
+    ("head", [], "transformers"), ("lora", [], "peft"), ("adapter", ["--norms"], "adapters")])
 def test_a_head_that_the_library_has_no_place_for_comes_with_the_lines_that_use_it(
-        finished_runs, tmp_path, capsys, technique, more, to, lines):  # which benchmarks/parity.py runs
-    run = finished_runs(technique, "mean", *more)
+        finished, tmp_path, capsys, technique, more, to):  # which benchmarks/parity.py runs
+    run = finished(technique, *more)
     capsys.readouterr()
     assert command_line.main(["export", str(run), str(tmp_path / "out"), "--to", to]) == 0
     assert "the head is in head.safetensors" in capsys.readouterr().out
     block, = blocks((tmp_path / "out" / "README.md").read_text(), "python")
     compile(block, "README.md", "exec")
-    assert len(block.splitlines()) == lines
 
 
 def test_the_help_of_training_and_of_export_says_which_runs_can_be_exported_to_what(capsys):
@@ -2795,118 +2450,31 @@ def test_special_tokens_are_those_of_the_tokenizer_whatever_they_are_called(tiny
     assert interop.special_tokens(tmp_path) == {key: f"<{token[1]}>" for key, token in theirs.items()}
 
 
-def test_adapters_are_exported_for_adapterhub_and_refused_elsewhere(finished_runs, tmp_path):
-    run = finished_runs("adapter", "mean", "--bottleneck", "5", "--norms")
+def test_adapters_are_exported_for_adapterhub_and_refused_elsewhere(finished, tmp_path):
+    run, plain, lora = finished("adapter", "--bottleneck", 5, "--norms"), finished("adapter"), finished("lora")
     interop.export(run, tmp_path / "hub", "adapters")
     config = json.loads((tmp_path / "hub" / "adapter_config.json").read_text())
     assert config["version"] and config["config"]["non_linearity"] == "gelu"  # without a version another function
     assert int(config["hidden_size"] // config["config"]["reduction_factor"]) == 5
-    tensors, (model, _, _) = load_file(tmp_path / "hub" / "adapter.safetensors"), checkpoint.open_run(run)
-    assert len(tensors) == 2 * 2 * 4
+    tensors, (model, _, _) = load_file(tmp_path / "hub" / "adapter.safetensors"), open_run(run)
     up = model.encoder.layers[1].feed_forward.output.adapter.up.weight
+    assert len(tensors) == 2 * 2 * 4
     assert torch.equal(tensors["encoder.layer.1.output.adapters.minipeft.adapter_up.weight"], up)
-    assert "peft has a format for LoRA only" in refusal(interop.export, run, tmp_path / "no", "peft")
-    assert "cannot be merged" in refusal(interop.export, run, tmp_path / "no", "transformers")
-    assert "no trained norms" in refusal(interop.export, finished_runs("adapter", "mean"), tmp_path / "no", "adapters")
-    assert "no trained norms" in refusal(interop.export, finished_runs("lora", "mean"), tmp_path / "no", "adapters")
+    for folder, to, part in ((run, "peft", "peft has a format for LoRA only"), (run, "transformers", "cannot be merged"),
+                             (plain, "adapters", "no trained norms"), (lora, "adapters", "no trained norms")):
+        with user_error(part):
+            interop.export(folder, tmp_path / "no", to)
     assert not (tmp_path / "no").exists()
 
 
 # -- one import, copied files, other checkpoints ----------------------------------------------------------
 
-def test_one_import_is_cheap_until_a_name_is_used_and_help_is_one_page():
-    import minipeft
+def test_one_import_is_cheap_until_a_name_is_used():
     code = "import sys, minipeft.tools.settings; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    listed = dict(re.findall(r"^    ([a-z.]+) {2,}(\w+(?:, \w+)*)$", minipeft.__doc__, re.M))
-    assert {file: tuple(names.split(", ")) for file, names in listed.items()} == minipeft._HOLDS
     for file, names in minipeft._HOLDS.items():
-        for name in names:
-            assert getattr(minipeft, name).__module__ == f"minipeft.{file}"
-    with pytest.raises(ImportError):
-        from minipeft import nothing
-    assert len(pydoc.plain(pydoc.render_doc(minipeft)).splitlines()) < 80
-
-
-class OtherBlock(nn.Module):
-    """A block with the names of DistilBERT."""
-
-    def __init__(self, width=16):
-        super().__init__()
-        self.attention, self.ffn = nn.Module(), nn.Module()
-        self.attention.q_lin, self.attention.v_lin, self.attention.out_lin = (nn.Linear(width, width) for _ in range(3))
-        self.ffn.lin1, self.ffn.lin2 = nn.Linear(width, width), nn.Linear(width, width)
-        self.sa_layer_norm, self.output_layer_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-
-    def forward(self, x):
-        mixed = torch.sigmoid(self.attention.q_lin(x)) * self.attention.v_lin(x)
-        x = self.sa_layer_norm(x + self.attention.out_lin(mixed))
-        return self.output_layer_norm(x + self.ffn.lin2(F.gelu(self.ffn.lin1(x))))
-
-
-class StandIn(nn.Module):
-    """A classifier with the names of DistilBertForSequenceClassification."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.Sequential(OtherBlock(), OtherBlock())
-        self.pre_classifier, self.classifier = nn.Linear(16, 16), nn.Linear(16, 2)
-
-    def forward(self, x):
-        return self.classifier(torch.relu(self.pre_classifier(self.blocks(x))))
-
-
-@pytest.mark.parametrize("technique, may_change", [
-    ("head", "classifier"), ("adapter", "classifier"), ("lora", r"classifier|[qv]_lin.weight")])
-def test_the_snippets_for_other_models_run_as_printed(technique, may_change, tmp_path, monkeypatch):
-    before, after = parity.SNIPPETS[technique].split("\n\n")
-    assert len(parity.SNIPPETS[technique].splitlines()) <= 12
-    shutil.copy(ROOT / "minipeft" / f"{technique}.py", tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    x, labels, model = torch.randn(8, 16), torch.arange(8) % 2, StandIn()
-    start, losses = bits(model), []
-
-    def loop(model, optimizer):
-        for _ in range(5):
-            optimizer.zero_grad()
-            losses.append(F.cross_entropy(model(x), labels))
-            losses[-1].backward()
-            optimizer.step()
-    exec(after, {"torch": torch, "save_file": save_file, "model": model, "train": loop})
-    sys.modules.pop(technique)  # the copy
-    assert losses[4] < losses[0]
-    changed = {name for name, tensor in bits(model).items() if name in start and not torch.equal(tensor, start[name])}
-    assert {name for name in start if name.startswith("classifier")} <= changed
-    assert all(re.search(may_change, name) for name in changed), changed
-    exec(before, {"torch": torch, "model": StandIn(), "train": loop})
-    assert losses[9] < losses[5]
-
-
-def test_published_parity_meets_its_targets():
-    results = json.loads((ROOT / "results" / "parity.json").read_text())
-    assert set(results) == {"transformers", "peft", "files", "adapters", "models"}
-    rows = [row for part in results.values() for row in part["rows"] if "target" in row]
-    assert len(rows) > 20 and all(row["difference"] <= row["target"] for row in rows)
-    models = [row["model"] for row in results["models"]["rows"]]
-    assert models == ["DistilBERT", "RoBERTa", "ViT", "T5", "GPT-2", "Llama"]
-    assert parity.tables(results).count("\n| ") > 25
-
-
-@pytest.mark.parametrize("kind", [
-    {"architectures": ["BertModel"], "classifier_dropout": None, "use_cache": True},  # as bge, e5 and gte
-    {"model_type": "bert", "pooler_fc_size": 768, "pooler_type": "first_token_transform"}])  # multilingual BERT
-@pytest.mark.parametrize("pooler", [True, False])
-def test_sentence_encoders_load_with_and_without_pooler(tiny, tmp_path, kind, pooler):
-    def change(tensors):
-        kept = {name: tensor for name, tensor in tensors.items() if pooler or "pooler" not in name}
-        return kept | {"embeddings.position_ids": torch.arange(48)[None]}
-    folder = rewrite(tiny, tmp_path / "other", change, kind)
-    assert torch.equal(load_bert(folder)(random_ids()), load_bert(tiny)(random_ids()))
-    for pooling in ("mean", "cls"):  # without a pooler the head's first layer is new
-        model = build(options.parse(["lora", "--pooling", pooling]), 2, folder)
-        assert torch.equal(model.head.dense.weight, load_pooler(tiny).weight) == (pooler and pooling == "cls")
+        assert re.search(rf"^    {re.escape(file)} +{', '.join(names)}$", minipeft.__doc__, re.M)
+        assert {getattr(minipeft, name).__module__ for name in names} == {f"minipeft.{file}"}
 
 
 # -- shared by the sections on lab/ ------------------------------------------------------------------------
@@ -2999,14 +2567,6 @@ def test_a_run_that_several_studies_want_is_one_run(fake_place):
     assert names("layers")[1] == names("light")[1]  # the last block
     assert names("alpha")[4:8] == names("alpha")[16:20]  # rank 8: both rules give alpha 16
     assert len(set(names("alpha"))) == 20
-
-
-def test_a_rate_of_its_own_for_the_head_comes_from_two_searches(fake_place, monkeypatch):
-    variant = STUDIES["head-rate"].variants[3]
-    for name, rate in (("lora-head", 8e-3), ("lora-body", 2.5e-4)):
-        monkeypatch.setitem(SEARCHES, name, dataclasses.replace(SEARCHES[name], calibrated=rate))
-    settings = runs.make_run(fake_place, variant, 0, "calibrated").settings
-    assert (variant.name, settings.lr, settings.head_lr) == ("LoRA, own head rate", 2.5e-4, 8e-3)
 
 
 def test_the_targets_study_compares_matched_sizes():
@@ -3249,17 +2809,6 @@ def test_the_interval_over_folds_covers_at_its_level_where_folds_share_training_
     assert 0.935 <= shares[0] <= 0.965 and shares[1] < 0.9  # uncorrected, it covers too little
 
 
-@pytest.mark.parametrize("seed_std", [0.0, 2.0])
-def test_the_interval_over_seeds_and_sentences_covers_new_ones_of_both(seed_std):
-    rng, covered = np.random.default_rng(1), []
-    for _ in range(1000):
-        table = 50 + seed_std * rng.standard_normal((3, 1)) + 20 * rng.standard_normal(200)
-        table += 20 * rng.standard_normal((3, 200))
-        found = stats.paired_sentences(table)
-        covered.append(found.low <= 50 <= found.high)
-    assert 0.935 <= np.mean(covered) <= 0.99
-
-
 def test_one_run_is_compared_over_its_sentences_and_a_copy_of_it_adds_nothing():
     right = 100.0 * np.repeat([1, -1, 0], [60, 40, 900])
     found = stats.paired_sentences(right)
@@ -3427,17 +2976,6 @@ def test_seeds_on_one_test_file_are_compared_over_sentences(fake_place):
     differences = [one[seed].accuracy - other[seed].accuracy for seed in range(3)]
     found = result.findings[2].accuracy
     assert found == {"corrected": stats.paired_sentences(differences, comparisons=4)}
-
-
-def test_a_matthews_correlation_is_compared_where_a_study_asks_for_it(fake_place):
-    result = fake_study(fake_place, "techniques", range(3))
-    study = dataclasses.replace(result.study, matthews=True)
-    found = report.measure(study, result.outcomes, Contrast("lora", "full"))
-    lora, full = ([100 * stats.matthews(np.argmax(run.record["test"]["logits"], 1), run.record["test"]["labels"])
-                   for run in result.runs(name)] for name in ("lora", "full"))
-    assert found.matthews == stats.paired(np.subtract(lora, full), comparisons=4, margin=None)
-    assert any("Matthews" in row[0] for row in report.contrast_rows([found]))
-    assert "Matthews" in report.quality_rows(dataclasses.replace(result, study=study))[0][-2]
 
 
 def test_runs_of_different_machines_are_not_compared_and_their_costs_not_averaged(fake_place):
@@ -3634,30 +3172,7 @@ def test_quick_says_nothing_about_the_order_of_the_techniques(fake_place, monkey
         assert not re.search("better|worse|points|equivalent|verdict|gain|claim", said)
 
 
-@pytest.mark.parametrize("line, part", [
-    ("--folds 11", "--folds"), ("--test b", "needs --data"), ("--study data --limit 9", "--limit is set"),
-    ("--rank 4", "--rank"), ("--quick --epochs 2", "--epochs is set"), ("--jobs 0", "--jobs"),
-    ("--rates prompt", "prompt"), ("--quick --report", "--report"), ("--report --data a", "by the records"),
-    ("--rates --folds 2", "--folds"), ("--study nothing", "nothing"), ("--search --quick", "--search")])
-def test_options_that_do_not_go_together_are_refused_in_one_line(line, part, capsys):
-    with pytest.raises(SystemExit) as stop:
-        compare.parse(line.split())
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and part in said and said.count("\n") == 1
-
-
 # -- lab/analysis.py and lab/memory.py --------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def finished(tiny, reviews, tmp_path_factory):
-    """A folder of short finished runs of adapters, LoRA and full fine-tuning."""
-    folder = tmp_path_factory.mktemp("finished")
-    for technique, more in (("adapter", ["--epochs", 8]), ("lora", []), ("full", ["--lr", "1e-3"])):
-        fixed = ["--weights", tiny, "--data", reviews, "--device", "cpu", "--precision", "fp32", "--limit", 64,
-                 "--max-length", 40, "--epochs", 1, "--lr", 1e-2, "--out", folder / technique]
-        train.run(options.parse([str(word) for word in (technique, *fixed, *more)]))
-    return folder
-
 
 def test_the_accuracy_without_a_span_of_adapters_is_that_of_a_copy_with_those_adapters_at_zero(finished):
     found = analysis.compare_spans([analysis.layer_spans(finished / "adapter")])
@@ -3673,16 +3188,6 @@ def test_the_accuracy_without_a_span_of_adapters_is_that_of_a_copy_with_those_ad
                 nn.init.zeros_(adapter.up.bias)
         predicted = predict(model, corpus.sentences(test)).argmax(1)
         assert found["matrix"][0][last] == pytest.approx(100 * (predicted == corpus.labels[test]).mean())
-
-
-def test_spans_of_layers_need_a_run_with_adapters_and_unchanged_data(finished, tmp_path):
-    with pytest.raises(UserError, match="not a run with adapters"):
-        analysis.layer_spans(finished / "lora")
-    run = shutil.copytree(finished / "adapter", tmp_path / "run")
-    record = (run / "run.json").read_text()
-    (run / "run.json").write_text(re.sub(r'"data_sha256": \["..', '"data_sha256": ["xx', record))
-    with pytest.raises(UserError, match="have changed since the run"):
-        analysis.layer_spans(run)
 
 
 def test_the_rank_of_energy_is_found_by_hand():
@@ -3742,21 +3247,6 @@ def test_memory_and_matrix_products_are_what_the_formulas_say(tiny, technique):
     assert measured["backward_flop"] == rule["to weights"] + rule["to activations"]
 
 
-def test_full_fine_tuning_needs_three_products_and_lora_two(tiny):
-    tokens, block, head = 6 * 11, 4 * 32 * 32 + 2 * 32 * 64, 2 * 6 * (32 * 32 + 32 * 2)
-    full, lora = (memory.memory(name, tiny, 6, 11)["measured"]["rule_flop"] for name in ("full", "lora"))
-    forward = 2 * tokens * 2 * block + head
-    assert full == {"forward": forward, "to activations": forward, "to weights": forward}
-    thin = 2 * tokens * 2 * 8 * (4 * (32 + 32) + 2 * (32 + 64))
-    assert lora["forward"] == forward + thin and lora["to weights"] == thin + head
-
-
-def test_latency_times_every_variant_in_every_round(tiny):
-    found = analysis.latency(tiny, 4, rounds=3, calls=1, tokens=5)
-    assert list(found) == ["base", "base again", "merged LoRA", "unmerged LoRA", "adapters"]
-    assert all(len(times) == 3 and min(times) > 0 for times in found.values())
-
-
 def test_spans_are_averaged_over_runs_and_compared_in_pairs():
     whole, first, second, both = (0, -1), (0, 0), (1, 1), (0, 1)
     runs = [{whole: np.array([100.0, 100.0]), first: np.array([100.0, 0.0]), second: np.array([100.0, 100.0]),
@@ -3810,30 +3300,6 @@ def test_a_cut_update_is_the_projection_on_its_largest_directions(finished, tiny
         assert rows[rank] == expected | {"calibrated_loss": pytest.approx(expected["calibrated_loss"], abs=1e-4)}
     with pytest.raises(UserError, match="not a run of full fine-tuning"):
         analysis.cut_updates(finished / "lora")
-
-
-def test_cut_updates_are_compared_with_the_whole_update_of_the_same_fold():
-    rows = [{"series": series, "rank": rank, "fold": fold, "accuracy": accuracy}
-            for fold, level in enumerate((80, 90))
-            for series, rank, accuracy in (
-                ("cut", 0, 60), ("cut", 1, level - 4), ("cut", 32, level), ("trained", 1, level))]
-    rows.append({"series": "trained", "rank": 8, "fold": 7, "accuracy": 99})  # no whole update on this fold
-    found = analysis.against_whole(rows, "accuracy")
-    assert {key: row.mean for key, row in found.items()} == {("cut", 0): -25, ("cut", 1): -4, ("trained", 1): 0}
-    assert found["cut", 0] == stats.paired([-20, -30])
-    assert math.isnan(analysis.against_whole(rows[:4], "accuracy")["cut", 1].low)  # one fold has no interval
-
-
-def test_only_lora_runs_that_differ_in_rank_and_fold_alone_stand_beside_the_cut_ones(make_settings, tmp_path):
-    settings = make_settings("lora", "--limit", 64)
-    train.run(settings)
-    record = read_json(tmp_path / "run/run.json")
-    record["settings"] = checkpoint.recorded(SimpleNamespace(**options.defaults("lora")))
-    for name, change in {"rank-4": {"rank": 4, "fold": 3}, "alpha": {"alpha": 8.0}, "lr": {"lr": 1.0}}.items():
-        write_json(tmp_path / f"{name}.json", record | {"settings": record["settings"] | change})
-    [row] = analysis.trained_ranks(tmp_path.glob("*.json"), record)
-    assert (row["series"], row["rank"], row["fold"]) == ("trained", 4, 3)
-    assert analysis.trained_ranks(tmp_path.glob("*.json"), record | {"data_sha256": ["other"]}) == []
 
 
 def test_techniques_take_turns_on_one_encoder_and_leave_its_bits(finished, tmp_path, make_settings, tiny):
@@ -3891,12 +3357,6 @@ def test_the_first_step_does_not_depend_on_the_rank_if_alpha_is_constant(lesson)
     assert 0.5 < constant / low < 2 and 8 < growing / low < 32
 
 
-def test_ten_steps_learn_the_examples(lesson):
-    for technique in explain.WALKTHROUGHS:
-        losses = explain.train(lesson, lesson.build(technique), technique)
-        assert len(losses) == 10 and losses[-1] < losses[0]
-
-
 def test_an_adapter_starts_near_the_identity_unless_its_weights_are_large_or_its_skip_is_missing(lesson):
     identity, change = explain.identity_distance(lesson, 1e-2)
     assert 0 < identity < 0.01 and 0 < change < 0.01
@@ -3934,21 +3394,6 @@ def test_a_walkthrough_prints_numbered_steps_within_100_columns(tiny, technique,
     assert any(count in line for line in lines)
 
 
-def test_a_walkthrough_repeats_but_for_the_ratio_of_times(tiny, capsys):
-    one, two = walk("head", tiny, capsys), walk("head", tiny, capsys)
-    assert len([line for line in one if line not in two]) <= 1
-
-
-def test_the_walkthrough_of_full_fine_tuning_squares_the_singular_values(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(torch.linalg, "svdvals", lambda matrix: torch.tensor([3.0, 1.0]))
-    assert any("90% of its squared norm: 1 of 2" in line for line in walk("full", tiny, capsys))  # 9 of 10; not 3 of 4
-
-
-def test_a_walkthrough_refuses_weights_that_are_not_there_in_one_line(tmp_path, capsys):
-    assert command_line.main(["explain", "lora", "--weights", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
 # -- README and exercises ---------------------------------------------------------------------------------
 
 README, EXERCISES = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "minipeft/README.md"))
@@ -3980,121 +3425,6 @@ def test_the_parity_in_the_readme_is_that_of_the_result_file():
     for part, prefix in (("peft", "lockstep"), ("adapters", "adapters and norms, lockstep")):
         losses, tensors = (row["difference"] for row in results[part]["rows"] if row["what"].startswith(prefix))
         assert f"| {losses:.1e} | {tensors:.1e} |" in README
-
-
-def signed(number, digits=2):
-    return f"{number:+.{digits}f}"
-
-
-def answer_figures(found):
-    """What results/answer.md says, from the records."""
-    def span(contrast, measure="accuracy"):
-        means = [getattr(cell, measure)["corrected"].mean for (one, _), cell in found.cells.items()
-                 if (one.a, one.b) == contrast and cell]
-        return min(means), max(means)
-
-    def words(contrast):
-        return {word for (one, _), cell in found.cells.items() if (one.a, one.b) == contrast and cell
-                for word in cell.verdicts.values()}
-
-    head, adapter, lora = (span((name, "full")) for name in ("head", "adapter", "lora"))
-    assert words(("head", "full")) == {"worse"}
-    accuracy = {one.verdict for (contrast, _), cell in found.cells.items() if cell and contrast.b == "full"
-                and contrast.a in ("adapter", "lora") for one in cell.accuracy.values()}
-    assert accuracy == {"inconclusive", "equivalent within 1 point"}
-    equivalent = {rule for (one, rule), cell in found.cells.items() if one.a == "adapter" and cell
-                  for word in cell.verdicts.values() if word.startswith("equivalent")}
-    assert equivalent == {"loss"}
-    assert words(("lora", "adapter")) == {"inconclusive", "equivalent within 1 point"}
-    assert words(("bitfit", "full")) == {"inconclusive", "worse"}
-    main = found.results["calibrated"].findings[2].accuracy["corrected"]
-    loss, bitfit = span(("lora", "full"), "loss"), span(("bitfit", "full"))
-    init = found.results["init"].findings[1].accuracy["corrected"].mean
-    targets = [one.accuracy["corrected"].mean for one in found.results["targets"].findings[:2]]
-    top = [found.results["layers"].findings[0], found.results["light"].findings[3]]
-    for name, index in (("init", 1), ("targets", 0), ("targets", 1), ("layers", 0), ("light", 3)):
-        assert len(set(found.results[name].findings[index].verdicts.values())) == 1
-    return [f"{-head[1]:.1f} to {-head[0]:.1f} points below", f"{-min(adapter + lora):.1f} points below to "
-            f"{max(adapter + lora):.1f} points above", f"[{main.low:+.1f}, {main.high:+.1f}] points",
-            f"half-width of {main.inner_high - main.mean:.1f}", f"by {-loss[1]:.3f} to {-loss[0]:.3f} nats",
-            f"BitFit is {-bitfit[0]:.1f} points", f"({init:.0f} points)", f"({min(targets):.1f} to {max(targets):.1f} points)",
-            "({:.1f} to {:.1f} points)".format(*(abs(one.accuracy["corrected"].mean) for one in top))]
-
-
-def limits_figures(found):
-    """What results/limits.md says, from the records."""
-    def scores(technique, rate):
-        variant, place = Variant(technique, technique, {"lr": rate}), found.places[""]
-        return {fold: runs.evaluate(runs.make_run(place, variant, fold).record, "test") for fold in range(10)}
-
-    def pair(one, other, measure, **rule):
-        return stats.compare([getattr(one[fold], measure) - getattr(other[fold], measure) for fold in one], **rule)
-
-    slow, full = scores("full", 1.25e-5), scores("full", 2.5e-5)
-    adapter, lora = scores("adapter", 5e-4), scores("lora", 2.5e-4)
-    points, nats = pair(slow, full, "accuracy"), pair(slow, full, "loss")
-    first, second = pair(adapter, full, "accuracy"), pair(lora, full, "loss", comparisons=4)
-    costs = [-pair(one, other, "accuracy").mean for one, other in (
-        (slow, full), (lora, scores("lora", 5e-4)), (adapter, scores("adapter", 1e-3)))]
-    bracket = [f"[{low:+.2f}, {high:+.2f}]" for low, high in (
-        (one.inner_low, one.inner_high) for one in (
-            pair(found.results["rank"].outcomes["LoRA, rank 64"], found.results["rank"].outcomes["LoRA, rank 8"],
-                 "accuracy", comparisons=2),
-            pair(adapter, slow, "accuracy", comparisons=4), pair(lora, adapter, "accuracy", comparisons=4)))]
-    shares = {name: rates.bootstrap(rates.average(rates.find(found.places[SEARCHES[name].folder], name)))
-              for name in ("lora", "adapter")}
-    half = pair(scores("lora", 5e-4), full, "accuracy")
-    sizes = {name: sum(map(len, rates.find(found.places[SEARCHES[name].folder], name).values()))
-             for name in options.TECHNIQUES}
-    changes = [one.accuracy["corrected"].mean for name in ("dropout", "epochs") for one in found.results[name].findings]
-    assert all(one.verdicts["corrected"] == "inconclusive" for name in ("dropout", "epochs")
-               for one in found.results[name].findings)
-    imdb = {name: found.results["imdb"].runs(name)[0].numbers for name in found.results["imdb"].outcomes}
-    ahead = sorted(100 * (imdb["full"]["dev_accuracy"] - imdb[name]["dev_accuracy"]) for name in ("lora", "adapter"))
-    below = [theirs - imdb[name]["accuracy"] for theirs, name in ((87.96, "head"), (92.24, "adapter"), (91.60, "lora"))]
-    return [f"chosen in {shares['lora']['calibrated'][5e-4]:.0%} of the draws",
-            f"the doubling rule in {shares['adapter']['doubling'][1e-3]:.0%}",
-            f"{signed(points.mean)} points [{points.low:+.2f}, {points.high:+.2f}]",
-            f"{signed(nats.mean, 4)} nats of calibrated loss [{nats.low:+.4f}, {nats.high:+.4f}]",
-            "full fine-tuning {:.1f} points, LoRA {:.1f} and adapters {:.1f}".format(*costs),
-            f"{signed(first.mean)} points [{first.inner_low:+.2f}, {first.inner_high:+.2f}] at 90%",
-            f"{signed(second.mean, 4)} nats [{second.low:+.4f}, {second.high:+.4f}] at 98.75%",
-            f"8 {bracket[0]}", f"full fine-tuning {bracket[1]}", f"adapters {bracket[2]}",
-            f"a half-width of {half.inner_high - half.mean:.3f}",
-            "{bitfit} runs for BitFit, {full} for full fine-tuning, {lora} for LoRA and head tuning, {adapter} for adapters"
-            .format(**sizes),
-            "{:+.2f} points (full fine-tuning) and {:+.2f} (LoRA)".format(*changes[:2]),
-            "{:+.2f} (head tuning) and {:+.2f} (BitFit)".format(*changes[2:]),
-            "ahead by {:.1f} to {:.1f} points".format(*ahead), "are {:.2f}, {:.2f} and {:.2f} points below".format(*below)]
-
-
-@pytest.mark.parametrize("name, figures_of", [("results/answer.md", answer_figures), ("results/limits.md", limits_figures)])
-def test_published_figures_are_those_of_the_records(name, figures_of, published):
-    text = " ".join((ROOT / name).read_text().split())
-    assert [words for words in figures_of(published) if words not in text] == []
-
-
-def test_what_is_said_about_the_accuracy_of_bf16_is_true_of_the_records():
-    in_fp32 = {path.name: read_json(path)["metrics"] for path in ROOT.glob("results/fp32/runs/*.json")}
-    twins = {path.name: path for folder in ("search/runs", "runs")  # a run that is in both is one pair
-             for path in (ROOT / "results" / folder).glob("*.json") if path.name in in_fp32}.values()
-    differences = np.array([[read_json(path)["metrics"][name] - in_fp32[path.name][name]
-                             for name in ("test_accuracy", "test_loss")] for path in twins])
-    high = np.array([path.name.startswith(("lora-lr-0.002-", "lora-lr-0.004-")) for path in twins])
-    said = between((ROOT / "benchmarks/README.md").read_text(), "bf16")
-    assert f"form {len(twins)} pairs" in said and high.sum() == 4
-    assert f"({100 * differences[~high, 0].mean():+.2f} on average, bf16 - fp32)" in said
-    for group, words in ((~high, "{} of them differ by at most {:.2f} points of test accuracy"),
-                         (~high, "and by at most {2:.4f} in test loss"),
-                         (high, "differ by up to {1:.2f} points and {2:.4f}")):
-        accuracy, loss = np.abs(differences[group]).max(0)
-        assert words.format(group.sum(), 100 * accuracy, loss) in said
-
-
-def test_readme_has_about_1500_words_outside_code():
-    text = re.sub(r"^```.*?^```$|<!--.*?-->|\$.*?\$|\]\(.*?\)", "", README, flags=re.M | re.S)  # nor formulas and links
-    words = [word for word in text.split() if re.search("[a-zA-Z]", word)]
-    assert 1300 <= len(words) <= 1700, len(words)
 
 
 def test_every_command_in_a_readme_is_accepted_by_its_program(monkeypatch):
@@ -4160,25 +3490,6 @@ def test_the_counts_and_costs_in_the_readme_are_those_of_the_default_model(real)
     adapters = counts["adapter"]["technique"] - 9216
     for number in (counts["head"]["head"], counts["lora"]["technique"], adapters, 9216, adapters // 12):
         assert f"{number:,}" in README
-
-
-def test_with_alpha_over_rank_the_first_adam_step_lowers_the_loss_equally_at_every_rank():
-    def fall(rank, alpha):
-        falls = []
-        for seed in range(10):
-            torch.manual_seed(seed)
-            layer = lora.LoRALinear(base, rank, alpha)
-            optimizer = torch.optim.Adam([layer.lora_A, layer.lora_B], 1e-4)
-            before = F.mse_loss(layer(x), target)
-            before.backward()
-            optimizer.step()
-            falls.append((before - F.mse_loss(layer(x), target)).item())
-        return sum(falls) / len(falls)
-
-    torch.manual_seed(0)
-    base, x, target = nn.Linear(128, 64), torch.randn(32, 128), torch.randn(32, 64)
-    assert fall(64, alpha=16) == pytest.approx(fall(4, alpha=16), rel=0.1)
-    assert fall(64, alpha=16 * 64) == pytest.approx(16 * fall(4, alpha=16 * 4), rel=0.1)  # BAx without the division
 
 
 def shape(line):
@@ -4343,23 +3654,6 @@ def test_in_ten_steps_b_leaves_zero_first_then_a_and_the_loss_falls(tiny):
     assert rows[-1][2] < rows[0][2]
 
 
-# STYLE.md's left column: what is not said in this repository, in code or prose.
-AVOIDED = ("of our own", "is asked once", "by the book", "mended", "said aloud", "whole or not at all", "path aside",
-           "is there is not run again", "goes on where", "not distinguished", "hangs on", "first weights", "by halves",
-           "where it lies", "chances", "do most of what", "best dev score", "says the same of", "speaks of")
-
-
-PLACES = ("*.py", "*.md", "minipeft/*.py", "minipeft/*.md", "benchmarks/*.py", "*/README.md")
-PATHS = {path.relative_to(ROOT).as_posix() for place in PLACES for path in ROOT.glob(place)}
-
-
-@pytest.mark.parametrize("path", sorted(PATHS))
-def test_language_is_plain(path):
-    text = re.sub(r"^AVOIDED = .*?\)$", "", (ROOT / path).read_text(encoding="utf-8"), flags=re.M | re.S)
-    text = " ".join(text.lower().split())
-    assert [words for words in AVOIDED if re.search(rf"\b{re.escape(words)}\b", text)] == []
-
-
 # -- benchmarks/speed.py ----------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -4375,39 +3669,6 @@ def test_the_benchmark_counts_the_operations_that_torch_counts(speed, tiny, monk
     with FlopCounterMode(display=False) as counter:
         encoder(random_ids(batch=3, length=10)).sum().backward()
     assert speed["lora_flops"](np.full(3, 10, np.int32), encoder.config, rank=8) == counter.get_total_flops()
-
-
-def test_the_benchmark_s_tables_hold_medians_and_ratios_of_pairs(speed):
-    runs, factors = {}, {"usual": 3, "best": 1.5, "minipeft": 1}
-    for pair, slow in enumerate((1, 10, 1.1)):  # the machine was busy in the second pair
-        runs[f"peak/{pair}"] = {"fp32": 100.0, "bf16": 10.0}
-        for side, factor in factors.items():
-            for part in (*speed["EPOCHS"], "long-256"):
-                runs[f"{part}/{side}/{pair}"] = {
-                    "seconds": 20 * factor * slow, "first_step_seconds": 5.0, "peak_memory_mb": 1000 * factor,
-                    "sentences_per_second": 200 / factor / slow, "precision": "fp32"}
-        for rung, seconds in ((0, 8.0), (1, 4.0), (3, 3.2)):
-            runs[f"ladder/{rung}/{pair}"] = {"seconds": seconds * slow, "peak_memory_mb": 900}
-        runs[f"long-256/plain/{pair}"] = {"seconds": 30.0, "peak_memory_mb": 1234.0}
-        runs[f"jobs/1/{pair}"] = {"seconds": 36.0, "threads": 2}
-        runs[f"jobs/2/{pair}"] = {"seconds": 60.0, "threads": 1}
-    for number, seconds in enumerate((6.0, 5.0)):
-        runs[f"trial/{number}"] = {"seconds": seconds, "side": speed["TRIAL"][number]}
-    about = {"processor": "A processor", "threads": 2, "flags": ["avx2", "fma"], "versions": {"torch": "2"},
-             "tokens": 100, "whole_tokens": 1000, "lora_flops": 11e11}
-    options = {"pairs": 3, "steps": 20, "long": [256], "long_steps": 2, "trial_steps": 4}
-    lines = speed["tables"]({"about": about, "options": options, "runs": runs})
-    assert "fp32, sdpa" in lines[0] and "bf16 is emulated here" in lines[0] and "avx2, fma" in lines[0]
-    for line in ("| LoRA, seconds an epoch | 660 | 330 | 220 | 3.00 (aim 2.2) | 1.50 (aim 2.0) |",
-                 "| inference, sentences a second | 60.6 | 121 | 182 | 3.00 (aim 4) | 1.50 (aim 1.25) |",
-                 "| LoRA at 256 tokens, seconds a step | 33.0 | 16.5 | 11.0 | 3.00 (aim 3) | 1.50 (aim 1.5) |",
-                 "| plain loop, shuffled batches | 88.0 | 1.00 | 900 |",
-                 "| LoRA's gradient by hand | 35.2 | 1.25 | 900 |",
-                 "| share of the faster one that training reaches | 50% (aim 65%) |",
-                 "| 256 tokens, plain modules | 15.0 s a step, 1,234 MB |",
-                 "| runs of 640 sentences an hour, one after the other, threads each: 2 | 100 |",
-                 "| runs of 640 sentences an hour, two at once, threads each: 1 | 120 |"):
-        assert line in lines
 
 
 # -- benchmarks/README.md ---------------------------------------------------------------------------------
