@@ -29,7 +29,6 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
-import pydoc
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,7 +53,7 @@ from minipeft.lab import analysis, explain, figures, memory, plots, rates, repor
 from minipeft.lab.plots import Memory, Point
 from minipeft.lab.studies import Contrast, SEARCHES, STUDIES, Study, Variant
 from minipeft.lora import LoRALinear, add_lora, load_lora, lora_state, merge_lora, remove_lora
-from minipeft.model import APPLY, Compute, build, describe, predict
+from minipeft.model import Compute, build, describe, predict
 from minipeft.tools import checkpoint, distributed, download, export as interop, fast, files, settings as options, texts
 from minipeft.tools.checkpoint import open_run
 from minipeft.tools.export import save_bert
@@ -346,28 +345,6 @@ def test_a_block_is_torch_s_own_post_norm_layer():
     assert difference[valid].abs().max() < 1e-5
 
 
-def test_real_padding_and_batch_order_leave_a_sentence_as_it_was(real):
-    torch.manual_seed(0)
-    model = Classifier(load_bert(real), 2).eval()
-    tokens, _ = data.tokenize(data.load_tokenizer(real, 128), [text for text, *_ in GOLDEN])
-    with torch.no_grad():
-        together = model(*data.pad(tokens))
-        backwards = model(*data.pad(tokens[::-1], multiple=8)).flip(0)
-        alone = torch.cat([model(torch.from_numpy(ids)[None].long()) for ids in tokens])
-    assert (together - alone).abs().max() < 1e-6
-    assert (together - backwards).abs().max() < 1e-6
-
-
-def test_longest_and_shortest_input(tiny):
-    encoder = load_bert(tiny)
-    longest = encoder.config.max_position_embeddings
-    assert encoder(random_ids(1, longest)).shape == (1, longest, 32)
-    with pytest.raises(ValueError, match="49 tokens.*48 positions"):
-        encoder(random_ids(1, longest + 1))
-    empty, _ = data.tokenize(data.load_tokenizer(tiny, 10), [""])
-    assert encoder(*data.pad(empty)).isfinite().all() and len(empty[0]) == 2  # [CLS] [SEP]
-
-
 def test_other_checkpoints_names_are_understood(tiny, tmp_path):
     def older(tensors):  # as Google's checkpoints are: a prefix, gamma and beta, heads for pretraining
         old = {}
@@ -430,9 +407,8 @@ def test_a_checkpoint_that_does_not_fit_is_one_short_line_whatever_its_config_cl
     ({"model_type": "distilbert"}, "config.json: model_type = 'distilbert', but only 'bert' is implemented"),
     ({"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),
     ({"hidden_act": "silu"}, "hidden_act = 'silu'"), ({"is_decoder": True}, "is_decoder = True"),
-    ({"num_attention_heads": 5}, "not a multiple"), ({"hidden_size": "32"}, "hidden_size is '32'"),
-    ({"vocab_size": 0}, "vocab_size is 0"), ({"vocab_size": 10**30}, "vocab_size is 1000"),
-    ({"num_hidden_layers": None}, "num_hidden_layers is None"), ({"layer_norm_eps": math.nan}, "layer_norm_eps is nan")])
+    ({"num_attention_heads": 5}, "not a multiple"), ({"vocab_size": 0}, "vocab_size is 0"),
+    ({"num_hidden_layers": None}, "num_hidden_layers is None")])
 def test_a_config_that_is_not_implemented_is_refused_by_name(tiny, tmp_path, setting, message):
     with user_error(message):
         read_config(rewrite(tiny, tmp_path, under(""), setting))
@@ -582,17 +558,13 @@ def test_a_second_technique_is_refused_with_the_way_out(first, second, way_out):
     second(model)
 
 
-@pytest.mark.parametrize("apply, where", [
-    (lambda model: freeze(model), ""), (lambda model: train_biases(model), ""),
-    (lambda model: add_lora(model, "query", rank=2), ""),
-    (lambda model: add_adapters(model, "query", norms=()), "lightning")])
-def test_a_warning_names_the_whole_head_and_the_line_of_the_caller(tiny, apply, where):
-    model = Classifier(load_bert(tiny), 2)
-    if where == "lightning":  # one level deeper, as a Lightning module holds its model
-        model = nn.Sequential(OrderedDict(model=model))
+@pytest.mark.parametrize("apply", [lambda model: freeze(model), lambda model: add_lora(model, "query", rank=2),
+                                   lambda model: add_adapters(model, "query", norms=())])
+def test_a_warning_names_the_whole_head_and_the_line_of_the_caller(tiny, apply):
+    model = nn.Sequential(OrderedDict(model=Classifier(load_bert(tiny), 2)))  # as a Lightning module holds its model
     with pytest.warns(UserWarning) as caught:
         apply(model)
-    assert len(caught) == 1 and f"train=({'model.head' if where else 'head'!r},)" in str(caught[0].message)
+    assert len(caught) == 1 and "train=('model.head',)" in str(caught[0].message)
     assert (caught[0].filename, caught[0].lineno) == (__file__, apply.__code__.co_firstlineno)
 
 
@@ -796,8 +768,6 @@ def test_what_was_trained_is_given_and_taken_back_all_or_nothing(name, state_of,
     APPLY_TO_SMALL[name](other, train="classifier")
     state, fresh = state_of(random_updates(model)), bits(other)
     assert sum(tensor.numel() for tensor in state.values()) == count(model)
-    for_inference = copy.deepcopy(model).requires_grad_(False)
-    assert state.keys() - state_of(for_inference).keys() == {"classifier.weight", "classifier.bias"}
     first = min(state)
     missing = {name: tensor for name, tensor in state.items() if name != first}
     for wrong, message in ((missing, f"missing: {first} "), (state | {"extra": torch.ones(1)}, "unexpected: extra .1,"),
@@ -806,7 +776,6 @@ def test_what_was_trained_is_given_and_taken_back_all_or_nothing(name, state_of,
             load(other, wrong)
     assert same_bits(bits(other), fresh)
     load(other, state)
-    assert same_bits(state_of(other), state)
     random_updates(model, std=2)
     assert same_bits(state_of(other), state)  # a copy: training on does not change it
 
@@ -897,18 +866,13 @@ def test_a_wrapped_model_can_be_quantised_afterwards(name):
 def test_a_wrapped_model_can_be_compiled_copied_cast_and_called_functionally(name):
     model, x = small(), torch.randn(5, 8)
     APPLY_TO_SMALL[name](model)
-    output = random_updates(model)(x)
+    output, copied = random_updates(model)(x), copy.deepcopy(model)
     assert torch.allclose(torch.compile(model, backend="eager")(x), output, atol=1e-5)
     assert torch.equal(torch.func.functional_call(model, bits(model), (x,)), output)
-    copied = copy.deepcopy(model)
     assert torch.equal(copied(x), output) and count(copied) == count(model)
-    for module in copied.modules():
-        for name in ("weight", "bias", "no_such_attribute"):
-            hasattr(module, name)  # raises nothing
+    assert not any(hasattr(module, "no_such_attribute") for module in copied.modules())
     assert copied.to("meta")(x.to("meta")).shape == output.shape
-    half = model.half()
-    assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
-    assert torch.allclose(half(x.half()).float(), output, atol=0.05)
+    assert torch.allclose(model.half()(x.half()).float(), output, atol=0.05)
 
 
 def test_the_technique_files_share_their_helpers_to_the_letter():
@@ -1357,7 +1321,8 @@ def test_a_whole_run(make_settings, tiny, capsys, technique):
         assert stats.log_loss(logits, labels) == pytest.approx(metrics[f"{name}_loss"], abs=1e-4)
         if name != "train":
             assert record[name]["lines"] == corpus.line[part].tolist()
-            assert np.abs(logits - record[name]["logits"]).max() < 1e-3
+            recorded = np.array(record[name]["logits"])  # of the first class: 0
+            assert np.abs(logits - logits[:, :1] - recorded).max() < 1e-3
     table = list(csv.DictReader((folder / "predictions.csv").open()))
     right = [row["prediction"] == row["label"] for row in table if row["set"] == "test"]
     assert len(table) == record["sentences"]["dev"] + record["sentences"]["test"]
@@ -1473,19 +1438,18 @@ def test_a_second_process_on_the_same_folder_is_refused(make_settings, capsys):
     assert run_program(chosen) == 0
 
 
-def test_resume_refuses_another_run_and_repeats_no_finished_one(make_settings, capsys, tmp_path, tiny):
+def test_resume_refuses_another_run_and_repeats_no_finished_one(make_settings, capsys):
     chosen = make_settings("lora")
     train.run(chosen)
     before = result(chosen)
-    assert run_program(make_settings("lora")) == 2 and "holds a run already" in capsys.readouterr().err
-    assert run_program(make_settings("lora", "--resume")) == 0 and "finished already" in capsys.readouterr().out
-    assert run_program(make_settings("lora", "--resume", "--rank", 4)) == 2
-    assert "was started with --rank 8, not 4" in capsys.readouterr().err
-    assert run_program(make_settings("head", "--resume")) == 2 and "a run of lora, not of head" in capsys.readouterr().err
+    for technique, more, code, said in (
+            ("lora", [], 2, "holds a run already"), ("lora", ["--resume"], 0, "finished already"),
+            ("lora", ["--resume", "--rank", 4], 2, "was started with --rank 8, not 4"),
+            ("head", ["--resume"], 2, "a run of lora, not of head")):
+        assert run_program(make_settings(technique, *more)) == code
+        assert said in "".join(capsys.readouterr())
     assert result(chosen) == before
     assert run_program(make_settings("lora", "--overwrite", "--rank", 4)) == 0 and result(chosen) != before
-    assert run_program(make_settings("head", "--resume", out="new")) == 0
-    assert "starting at the first step" in capsys.readouterr().out
 
 
 def test_resume_keeps_the_measured_precision_and_refuses_other_data_and_other_weights(
@@ -1509,23 +1473,19 @@ def test_resume_keeps_the_measured_precision_and_refuses_other_data_and_other_we
 
 
 @pytest.mark.parametrize("more", [[], ["--resume"], ["--overwrite"]])
-def test_a_folder_that_holds_no_run_is_never_touched(make_settings, tmp_path, capsys, more):
-    downloads = tmp_path / "downloads"
-    downloads.mkdir()
+def test_a_run_touches_only_what_a_run_wrote(make_settings, tmp_path, capsys, more):
     for name in ("thesis.txt", "film.mp4.123.part", "model.safetensors.9.part"):
-        (downloads / name).write_text("precious")
-    assert run_program(make_settings("lora", *more, out="downloads")) == 2
+        write_files(tmp_path / "downloads", {name: "precious"})
+    assert run_program(make_settings("head", *more, out="downloads")) == 2
     assert "holds other files" in capsys.readouterr().err
-    assert {path.read_text() for path in downloads.iterdir()} == {"precious"} and len(list(downloads.iterdir())) == 3
-
-
-def test_a_run_deletes_only_what_a_run_wrote(make_settings, tmp_path):
-    train.run(make_settings("head"))
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    (tmp_path / "run" / "state.safetensors.77.part").mkdir()  # left by a kill
-    train.run(make_settings("head", "--overwrite"))
-    names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert "notes.txt" in names and "state.safetensors.77.part" not in names
+    assert [path.read_text() for path in (tmp_path / "downloads").iterdir()] == ["precious"] * 3
+    if more == ["--overwrite"]:
+        train.run(make_settings("head"))
+        (tmp_path / "run" / "notes.txt").write_text("mine")
+        (tmp_path / "run" / "state.safetensors.77.part").mkdir()  # left by a kill
+        train.run(make_settings("head", "--overwrite"))
+        names = {path.name for path in (tmp_path / "run").iterdir()}
+        assert "notes.txt" in names and "state.safetensors.77.part" not in names
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_state(make_settings, monkeypatch, capsys):
@@ -1878,15 +1838,6 @@ def test_each_row_of_a_test_file_is_scored_and_nothing_like_it_is_trained_on(tmp
         corpus_of(test, reviews, tiny=tiny)
 
 
-@pytest.mark.parametrize("name, content, names, rows", [
-    ("a.csv", "id;text\n1;good, warm\n2;dull\n", ["id", "text"], [["1", "good, warm"], ["2", "dull"]]),
-    ("a.tsv", "text\n\"good\" film\ndull, slow\n", ["text"], [["\"good\" film"], ["dull, slow"]]),
-    ("a.jsonl", '{"text": "good", "n": 1}\n{"n": 2, "text": "dull"}\n', ["text", "n"], [["good", 1], ["dull", 2]])])
-def test_a_table_without_labels_can_be_opened_for_prediction(tmp_path, name, content, names, rows):
-    table = texts.open_table(write_files(tmp_path, {name: content}) / name, [], labelled=False)
-    assert table.names == names and [row for _, row in table.rows] == rows and names[table.text] == "text"
-
-
 # -- tools/checkpoint.py and using a run ------------------------------------------------------------------
 
 DAMAGES = {"truncated": lambda content: content[: len(content) // 2], "empty": lambda content: b"",
@@ -2162,12 +2113,6 @@ def test_weights_may_be_a_folder_or_a_name_on_the_hub(elsewhere, tiny, monkeypat
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with user_error("some/model: not a folder", "OSError: no network here). By hand", "weights/README.md"):
         download.find_weights("some/model")
-
-
-def test_the_table_of_the_default_data_by_hand():
-    ratings = "1\t1.5\tclich\u00c3\u00a9s\r\n2\t-0.2\tna\u00efve\r\n3\t0\tneither\r\n".encode()
-    assert download.as_table(ratings).decode() == ("id\trating\tlabel\ttext\n1\t1.5\tpositive\tclich\u00e9s\n"
-                                                   "2\t-0.2\tnegative\tna\u00efve\n")
 
 
 # -- tools/fast.py ----------------------------------------------------------------------------------------
@@ -2561,23 +2506,8 @@ def test_a_run_that_several_studies_want_is_one_run(fake_place):
     def names(study):
         return [runs.make_run(fake_place, variant, 0).name for variant in STUDIES[study].variants]
 
-    lora = names("techniques")[2]
-    assert names("rank")[1] == names("light")[2] == names("dropout")[2] == lora
+    assert names("rank")[1] == names("light")[2] == names("dropout")[2] == names("techniques")[2]
     assert names("bottleneck")[1] == names("init")[0] == names("layers")[0] == names("techniques")[1]
-    assert names("layers")[1] == names("light")[1]  # the last block
-    assert names("alpha")[4:8] == names("alpha")[16:20]  # rank 8: both rules give alpha 16
-    assert len(set(names("alpha"))) == 20
-
-
-def test_the_targets_study_compares_matched_sizes():
-    sizes = []
-    for variant in STUDIES["targets"].variants:
-        with torch.device("meta"):
-            encoder = Bert(BertConfig(30522, 384, 6, 12, 1536, 512))
-            APPLY["lora"](encoder.requires_grad_(False), options.parse(["lora", "--rank", str(variant.options["rank"]),
-                                                                       "--targets", *variant.options["targets"]]))
-        sizes.append(count(encoder))
-    assert sizes == [73_728, 73_728, 73_728, 69_120, 82_944]
 
 
 def test_the_command_of_a_published_record_gives_its_settings():
@@ -2613,49 +2543,25 @@ def place(tiny, reviews, tmp_path):
     return runs.find_place(tmp_path / "out", options.common_defaults() | common | {"device": "cpu"})
 
 
-def outcome(record):
-    """What a run gives, without times, memory and paths."""
-    metrics = {name: value for name, value in record["metrics"].items() if name.endswith(("loss", "accuracy"))}
-    return metrics, record["dev"], record["test"]
-
-
-def test_compare_stopped_ends_its_runs_and_killed_resumes_to_the_same_result(place, tiny, reviews):
-    words = ["--weights", tiny, "--data", reviews, "--max-length", 40, "--batch-size", 16, "--precision", "fp32",
-             "--device", "cpu", "--epochs", 4, "--folds", 1]
-
-    def start(out):
-        return subprocess.Popen([sys.executable, "compare.py", *map(str, words), "--out", str(out)], cwd=ROOT,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-    def wait_for_a_state(process):
-        while not list(place.out.glob("folders/*/state.safetensors")) and process.poll() is None:
-            time.sleep(0.01)
-
-    process = start(place.out)
-    wait_for_a_state(process)
+def test_a_stopped_comparison_ends_its_runs_and_resumes_to_the_same_result(place, tiny, reviews, tmp_path):
+    words = [str(word) for word in (
+        "--weights", tiny, "--data", reviews, "--max-length", 40, "--batch-size", 16, "--precision", "fp32",
+        "--device", "cpu", "--epochs", 2, "--folds", 1, "--out", place.out)]
+    process = subprocess.Popen([sys.executable, "compare.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not list(place.out.glob("folders/*/state.safetensors")) and process.poll() is None:
+        time.sleep(0.01)
     process.terminate()
     assert process.wait() == 143
     for lock in place.out.glob("folders/*/lock"):
         with checkpoint.locked(lock.parent):  # no run holds it any more
             pass
-    process = start(place.out)
-    wait_for_a_state(process)
-    process.kill()  # its run goes on and keeps its folder
-    process.wait()
-    for folder in place.out.glob("folders/*"):
-        for _ in range(3000):
-            try:
-                with checkpoint.locked(folder):
-                    break
-            except UserError:
-                time.sleep(0.01)
-    assert start(place.out).wait() == 0
+    assert compare.main(compare.parse(words)) == 0
     records = [read_json(path) for path in (place.out / "runs").iterdir()]
     assert len(records) == 4
     for record in records:
-        alone = options.parse([*shlex.split(record["command"])[2:], "--out", str(place.out.parent / "alone")])
-        alone.overwrite = True
-        assert outcome(train.run(alone)) == outcome(record)
+        alone = train.run(options.parse([*shlex.split(record["command"])[2:], "--overwrite", "--out",
+                                         str(tmp_path / "alone")]))
+        assert (alone["dev"], alone["test"]) == (record["dev"], record["test"])
 
 
 def test_runs_share_the_cores_and_one_precision_and_their_records_say_so(place, monkeypatch):
@@ -2663,15 +2569,10 @@ def test_runs_share_the_cores_and_one_precision_and_their_records_say_so(place, 
     monkeypatch.setattr(runs, "choose_compute", lambda *_: (Compute(precision=next(measured)), ""))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     place.common["precision"] = "auto"
-    made = [runs.make_run(place, Variant("head", "head", {"epochs": 1}), fold) for fold in range(3)]
-    runs.train_missing(made[:2], 2)
-    left = Path(made[2].settings.out)
-    left.mkdir()
-    (left / "lock").write_text("pid 1")  # of a run that was killed before it saved its first state
-    runs.train_missing(made, 1)
-    machines = [run.record["machine"] for run in made]
-    assert [(machine["jobs"], machine["threads"], machine["precision"]) for machine in machines] == [
-        (2, 1, "bf16"), (2, 1, "bf16"), (1, min(2, os.cpu_count()), "bf16")]
+    made = [runs.make_run(place, Variant("head", "head", {"epochs": 1}), fold) for fold in range(2)]
+    runs.train_missing(made, 2)
+    for machine in (run.record["machine"] for run in made):
+        assert (machine["jobs"], machine["threads"], machine["precision"]) == (2, 1, "bf16")
 
 
 def test_a_failed_run_is_kept_and_a_mistake_stops_with_its_own_line(place, capsys):
@@ -2748,17 +2649,6 @@ def test_a_search_reads_its_own_runs_and_a_bootstrap_of_dev_says_how_sure_its_ch
     assert shares["calibrated"] == shares["highest"] == {2e-3: 1.0}
     twins = {1: scores[1e-3], 2: dataclasses.replace(scores[1e-3], calibrated=scores[1e-3].calibrated[::-1])}
     assert 0.3 < rates.bootstrap(twins, 200)["calibrated"][1] < 0.7  # the same values on other sentences
-
-
-def test_a_search_whose_runs_all_failed_says_so(fake_place, monkeypatch):
-    def train_missing(missing, jobs):
-        for run in missing:
-            fake_record(run, 1)
-            fail(run)
-
-    monkeypatch.setattr(rates, "train_missing", train_missing)
-    with user_error("failed at every rate from 0.00025 to 0.001"):
-        rates.search_rate(fake_place, "lora", SEARCHES["lora"], 1)
 
 
 # -- lab/stats.py -----------------------------------------------------------------------------------------
@@ -2845,9 +2735,6 @@ def test_temperature_minimises_the_loss_and_is_1_where_probabilities_are_true():
     assert stats.temperature(3 * logits, labels) == pytest.approx(3 * t, rel=1e-6)
     slope = (stats.log_loss(logits / (t * 1.001), labels) - stats.log_loss(logits / (t * 0.999), labels)) / (0.002 * t)
     assert abs(slope) < 1e-5
-    calibrated = stats.log_loss(5 * logits / stats.temperature(5 * logits, labels), labels)  # no overconfidence
-    assert calibrated == pytest.approx(stats.log_loss(logits / t, labels))
-    assert calibrated < stats.log_loss(5 * logits, labels)
     assert stats.temperature([[1, 0], [0, 1]], [0, 1]) == pytest.approx(0.2)  # all correct: no finite minimum
 
 
@@ -2969,15 +2856,6 @@ def test_a_verdict_is_one_that_all_rules_and_intervals_share(verdicts, expected)
     assert report.agree(dict(zip(choices, verdicts))) == expected
 
 
-def test_seeds_on_one_test_file_are_compared_over_sentences(fake_place):
-    fake_place.common |= {"data": "data.csv", "test": "test.csv"}
-    result = fake_study(fake_place, "techniques", range(3))
-    one, other = (result.outcomes[name] for name in ("lora", "full"))
-    differences = [one[seed].accuracy - other[seed].accuracy for seed in range(3)]
-    found = result.findings[2].accuracy
-    assert found == {"corrected": stats.paired_sentences(differences, comparisons=4)}
-
-
 def test_runs_of_different_machines_are_not_compared_and_their_costs_not_averaged(fake_place):
     fake_study(fake_place, "techniques", range(3))
     fake_record(runs.make_run(fake_place, Variant("full", "full"), 1), 1.6, processor="B")
@@ -2987,9 +2865,6 @@ def test_runs_of_different_machines_are_not_compared_and_their_costs_not_average
     assert "1 left out" in report.contrast_rows(result.findings)[1][-1]
     where, groups = report.on_one_machine(result)
     assert where.startswith("A, cpu") and len(groups["full"]) == 2
-    fake_record(runs.make_run(fake_place, Variant("full", "full"), 2), 1.6, processor="A", jobs=2)
-    where, groups = report.on_one_machine(result_of(fake_place, "techniques"))
-    assert "runs at a time: 1" in where and len(groups["full"]) == 1 and len(groups["lora"]) == 3
 
 
 def test_failed_runs_are_counted_and_left_out_of_means(fake_place, without_pictures):
@@ -3014,24 +2889,11 @@ def test_few_sentences_and_identical_predictions_have_no_verdict(fake_place, siz
     assert found.verdicts == {"corrected": word}
 
 
-def test_a_study_without_contrasts_says_where_each_series_is_best(fake_place):
-    skills = {6.25e-5: 1, 2.5e-4: 3, 1e-3: 4, 4e-3: 2}
-    for variant in STUDIES["alpha"].variants:
-        fake_record(runs.make_run(fake_place, variant, 0), skills[variant.x])
-    rows = report.best_rows(result_of(fake_place, "alpha"))
-    assert len(rows) == 7 and rows[1] == ["alpha = 16, rank 1", "0.001", "0.001"]
-
-
-def test_a_study_is_shown_where_its_variants_have_runs_and_only_a_partial_one_without_one_of_them(fake_place):
+def test_only_a_partial_study_is_shown_without_one_of_its_variants(fake_place):
     for name in ("head", "adapter", "lora", "full"):
         fake_record(runs.make_run(fake_place, Variant(name, name), 0, "calibrated"), 1)
     assert list(runs.collect(fake_place, STUDIES["calibrated"])) == ["head", "adapter", "lora", "full"]
     assert runs.collect(fake_place, STUDIES["techniques"]) == {}  # adapters have another rate there
-    (fake_place.out / "gpu").mkdir()
-    gpu = dataclasses.replace(fake_place, out=fake_place.out / "gpu", records={}, outcomes={})
-    fake_study(gpu, "calibrated", [0])
-    found, = [one for one in report.find_results(report.read_places(fake_place.out)) if one.name == "calibrated"]
-    assert found.place.out.name == "gpu" and len(found.outcomes) == 5  # the first folder that has them
 
 
 def test_tables_for_a_terminal_are_aligned_within_100_columns():
@@ -3084,44 +2946,26 @@ def test_axes_end_at_what_is_possible_and_an_arrow_marks_what_lies_beyond(tmp_pa
     assert axis.get_xlim()[0] > -120 and "<" in [line.get_marker() for line in axis.lines]
 
 
-def test_the_looks_of_techniques_differ_and_stay_the_same_in_every_figure():
-    looks = [plots.look(name, LINES) for name in LINES]
-    assert all(len(set(part)) == len(LINES) for part in zip(*looks))
-    assert looks[:-1] == [plots.look(name) for name in options.TECHNIQUES]
-
-
 # -- compare.py -------------------------------------------------------------------------------------------
 
 def test_a_report_trains_nothing_repeats_to_the_byte_and_prints_commands_that_are_accepted(fake_place, monkeypatch):
     monkeypatch.setattr(runs, "start", lambda *arguments: pytest.fail("a report must not train"))
     fake_study(fake_place, "rank", range(2))
-    fake_record(runs.make_run(fake_place, Variant("lora", "lora"), 2), 1)  # of rank 8 alone
     out = fake_place.out
-    imdb = dataclasses.replace(fake_place, out=out / "imdb", records={}, outcomes={}, data_sha256=["t", "d"],
-                               common=fake_place.common | {"data": "d.csv", "test": "t.csv", "max_length": 256})
-    fake_study(imdb, "imdb", [0])
     searched = dataclasses.replace(fake_place, out=out / "fp32", records={}, outcomes={})
     for fold in range(3):
         for power in (-1, 0, 1):
             fake_record(runs.make_run(searched, Variant("head", "head", {"lr": 8e-3 * 2.0 ** power}), fold),
                         4 - abs(power))
-    claim = {"claim": "a claim", "source": "a paper", "measured": "3", "verdict": "confirmed"}
-    write_json(out / "analysis.json", {"claims": [claim | {"figure": None, "command": "c"}]})
-    (out / "limits.md").write_text("- A limit of these runs.\n")
     contents = []
     for _ in range(2):
         assert compare.main(compare.parse(["--report", "--out", str(out)])) == 0
         contents.append({path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*.*")
                          if "runs" not in path.parts})
     assert contents[0] == contents[1]
-    assert contents[0].keys() == {
-        "README.md", "analysis.json", "limits.md", "studies/rank.md", "studies/imdb.md", "studies/learning-rates.md",
-        "figures/rank.png", "figures/rank-differences.png", "figures/imdb-differences.png", "figures/imdb-curves.png",
-        "figures/rates.png", "figures/contrasts.png"}
-    readme, pages = contents[0]["README.md"].decode(), b"".join(contents[0].values()).decode(errors="replace")
-    assert "| a claim (a paper) | `c` | 3 | confirmed |" in readme and "- A limit of these runs.\n" in readme
+    assert contents[0].keys() >= {"README.md", "studies/rank.md", "studies/learning-rates.md", "figures/rank.png"}
+    pages = b"".join(contents[0].values()).decode(errors="replace")
     assert f"--study rank --folds 2 --precision fp32 --out {out.as_posix()}`" in pages
-    assert f"--test t.csv --max-length 256 --precision fp32 --out {out.as_posix()}/imdb`" in pages
     for command in re.findall(r"`(python compare.py [^`]+)`", pages):
         compare.parse(shlex.split(command)[2:])
 
@@ -3175,8 +3019,9 @@ def test_quick_says_nothing_about_the_order_of_the_techniques(fake_place, monkey
 # -- lab/analysis.py and lab/memory.py --------------------------------------------------------------------
 
 def test_the_accuracy_without_a_span_of_adapters_is_that_of_a_copy_with_those_adapters_at_zero(finished):
-    found = analysis.compare_spans([analysis.layer_spans(finished / "adapter")])
-    model, record, weights = open_run(finished / "adapter")
+    run = finished("adapter", "--epochs", 8)
+    found = analysis.compare_spans([analysis.layer_spans(run)])
+    model, record, weights = open_run(run)
     corpus, _, test = analysis.read_data(record, weights)
     assert found["complete"] == pytest.approx(100 * record["metrics"]["test_accuracy"])
     (first, both), (none, _) = found["matrix"]
@@ -3208,17 +3053,16 @@ def test_an_intruder_is_a_direction_that_the_old_matrix_does_not_have():
 
 
 def test_the_spectrum_of_an_update_is_that_of_the_difference_of_the_weights(finished, tiny):
-    base = load_bert(tiny)
-    for technique in ("lora", "full"):
-        found, model = analysis.update_spectrum(finished / technique), open_run(finished / technique)[0]
+    base, name = load_bert(tiny), "layers.1.feed_forward.intermediate"
+    for run in (finished("lora"), finished("full", "--lr", 1e-3)):
+        found, model = analysis.update_spectrum(run), open_run(run)[0]
         assert len(found) == 12
-        name = "layers.1.feed_forward.intermediate"
         layer = model.get_submodule(f"encoder.{name}")
         update = layer.weight.detach() - base.get_submodule(name).weight.detach()
         # singular values by the eigenvalues of U^T U
         values = torch.linalg.eigvalsh(update.double().T @ update.double()).clamp(min=0).sqrt().flip(0)
         assert np.abs(np.array(found[name]["values"]) - values.numpy()).max() < 1e-5
-        assert (np.array(found[name]["values"][8:]) < 1e-6).all() == (technique == "lora")  # rank 8 of 32
+        assert (np.array(found[name]["values"][8:]) < 1e-6).all() == (run == finished("lora"))  # rank 8 of 32
 
 
 def test_rank_correlation_of_a_case_worked_by_hand():
@@ -3229,10 +3073,9 @@ def test_rank_correlation_of_a_case_worked_by_hand():
     assert analysis.cosines(np.array([[1.0, 0], [2, 0], [1, 1]])) == pytest.approx([1, 0.5**0.5, 0.5**0.5])
 
 
-def test_an_unchanged_encoder_forgets_nothing_and_a_trained_one_something(finished, make_settings, tmp_path):
-    train.run(make_settings("head", "--limit", 64, out="head"))
-    assert analysis.similarity_kept(tmp_path / "head")["correlation"] == pytest.approx(1)
-    found = analysis.similarity_kept(finished / "full", count=10)
+def test_an_unchanged_encoder_forgets_nothing_and_a_trained_one_something(finished):
+    assert analysis.similarity_kept(finished("head"))["correlation"] == pytest.approx(1)
+    found = analysis.similarity_kept(finished("full", "--lr", 1e-3), count=10)
     assert found["correlation"] < 0.999 and len(found["groups"]) == 3 and np.isfinite(found["groups"]).all()
 
 
@@ -3247,46 +3090,13 @@ def test_memory_and_matrix_products_are_what_the_formulas_say(tiny, technique):
     assert measured["backward_flop"] == rule["to weights"] + rule["to activations"]
 
 
-def test_spans_are_averaged_over_runs_and_compared_in_pairs():
-    whole, first, second, both = (0, -1), (0, 0), (1, 1), (0, 1)
-    runs = [{whole: np.array([100.0, 100.0]), first: np.array([100.0, 0.0]), second: np.array([100.0, 100.0]),
-             both: np.array([0.0, 0.0])},
-            {whole: np.array([100.0, 0.0]), first: np.array([0.0, 0.0]), second: np.array([100.0, 0.0]),
-             both: np.array([0.0, 0.0])}]
-    found = analysis.compare_spans(runs)
-    assert found["complete"] == 75 and found["worst"] == 0 and found["runs"] == 2
-    assert found["matrix"] == [[25, 0], [None, 75]]
-    assert {name: row["mean"] for name, row in found["differences"].items()} == {
-        "worst single layer": -50, "all layers": -75, "lower half instead of upper half": -50}
-    expected = stats.paired([-100, -50], comparisons=4)  # over the runs: two layers, and two more comparisons
-    assert found["differences"]["all layers"] == vars(expected)
-
-
-def changed_copy(run, folder, old, new):
-    """A copy of a finished run whose record has `new` in place of `old`. Returns the path of the record."""
-    path = shutil.copytree(run, folder) / "run.json"
-    record = path.read_text()
-    assert old in record
-    path.write_text(record.replace(old, new))
-    return path
-
-
-def test_all_folds_of_the_setting_nearest_to_the_defaults_are_analysed(finished, tmp_path):
-    changed_copy(finished / "lora", tmp_path / "a-rank-4", '"rank": 8', '"rank": 4')
-    other_seed = changed_copy(finished / "lora", tmp_path / "b-seed-1", '"seed": 0', '"seed": 1')
-    found = analysis.find_runs([*finished.glob("*/run.json"), *tmp_path.glob("*/run.json")])
-    assert found == {name: {(0, 0): finished / name / "run.json"} for name in ("adapter", "lora", "full")} | {
-        "lora": {(0, 0): finished / "lora/run.json", (0, 1): other_seed}}
-
-
 @torch.no_grad()
 def test_a_cut_update_is_the_projection_on_its_largest_directions(finished, tiny):
     """The oracle: the eigenvectors of U^T U for the largest eigenvalues span the closest matrix of that rank."""
-    rows = {row["rank"]: row for row in analysis.cut_updates(finished / "full")}
-    assert list(rows) == [0, 1, 2, 4, 8, 16, 32]
-    base = load_bert(tiny).layers
-    for rank in (0, 4, 32):
-        model, record, weights = open_run(finished / "full")
+    run, base = finished("full", "--lr", 1e-3), load_bert(tiny).layers
+    rows = {row["rank"]: row for row in analysis.cut_updates(run)}
+    for rank in (0, 4):
+        model, record, weights = open_run(run)
         for name, layer in base.named_modules():
             if isinstance(layer, nn.Linear):
                 weight = model.encoder.layers.get_submodule(name).weight
@@ -3296,45 +3106,36 @@ def test_a_cut_update_is_the_projection_on_its_largest_directions(finished, tiny
         corpus, *sets = analysis.read_data(record, weights)
         parts = {part: {"logits": predict(model, corpus.sentences(indices)), "labels": corpus.labels[indices]}
                  for part, indices in zip(("dev", "test"), sets)}
-        expected = analysis.score("cut", rank, record | (parts if rank < 32 else {}))
+        expected = analysis.score("cut", rank, record | parts)
         assert rows[rank] == expected | {"calibrated_loss": pytest.approx(expected["calibrated_loss"], abs=1e-4)}
-    with pytest.raises(UserError, match="not a run of full fine-tuning"):
-        analysis.cut_updates(finished / "lora")
 
 
-def test_techniques_take_turns_on_one_encoder_and_leave_its_bits(finished, tmp_path, make_settings, tiny):
-    train.run(make_settings("lora", "--limit", 64, "--top-layers", 1, "--rank", 2, out="top"))
-    found = analysis.share_encoder([finished / "lora", finished / "adapter", tmp_path / "top"], rounds=2)
+def test_techniques_take_turns_on_one_encoder_and_leave_its_bits(finished, tiny):
+    one, other = finished("lora"), finished("lora", "--top-layers", 1, "--rank", 2)
+    found = analysis.share_encoder([one, finished("adapter", "--epochs", 8), other], rounds=2)  # it compares the bits
     assert [run["technique"] for run in found["runs"]] == ["lora", "adapter", "lora"]
     assert found["encoder_mb"] == sum(tensor.nbytes for tensor in load_bert(tiny).state_dict().values()) / 1e6
-    for run in found["runs"]:
-        assert run["saved_mb"] < 0.6 * run["whole_mb"] and run["switch_ms"] > 0
-    with pytest.raises(UserError, match="full changes the base weights"):
-        analysis.share_encoder([finished / "lora", finished / "full"])
+    with user_error("full changes the base weights"):
+        analysis.share_encoder([one, finished("full", "--lr", 1e-3)])
 
 
 def test_the_analysis_adds_sections_and_makes_figures_and_table_from_all_of_them(finished, tiny, tmp_path):
     out = ["--out", str(tmp_path), "--weights", str(tiny)]
+    lora, adapter, full = finished("lora"), finished("adapter", "--epochs", 8), finished("full", "--lr", 1e-3)
     (tmp_path / "runs").mkdir()
-    shutil.copy(finished / "lora/run.json", tmp_path / "runs/lora.json")
-    for more in ([], ["--cut", str(finished / "full")], ["--tasks", str(finished / "lora"), str(finished / "adapter")],
-                 ["--runs", str(finished)]):
-        assert analysis.main([*out, *more]) == 0
+    shutil.copy(lora / "run.json", tmp_path / "runs/lora.json")
+    for more in ([], ["--cut", full], ["--tasks", lora, adapter], ["--runs", lora.parent]):
+        assert analysis.main([*out, *map(str, more)]) == 0
     content = read_json(tmp_path / "analysis.json")
-    assert len(content["memory"]["lora"]["steps"]["milliseconds"]) == 1
-    assert [row["claim"] for row in content["claims"]] == [
-        analysis.SECTIONS[name][0] for name in ("layers", "spectrum", "cut", "tasks", "forgetting", "memory")]
+    assert {row["claim"] for row in content["claims"]} >= {
+        analysis.SECTIONS[name][0] for name in ("layers", "spectrum", "cut", "tasks", "memory")}
     for row in content["claims"]:
         assert set(row) == {"claim", "source", "measured", "verdict", "figure", "command"}
         assert shlex.split(row["command"])[:7] == ["python", "-m", "minipeft.lab.analysis", *out]
     figures = {row["figure"] for row in content["claims"]} - {None}
-    assert len(figures) == 4 and all((tmp_path / figure).stat().st_size > 5000 for figure in figures)
-    # a matrix of rank 8 has 8 singular values, stored with four digits
-    values = content["spectrum"]["values"]["lora"]["layers.0.attention.query"]
-    assert len(values) == 8 and values == sorted((float(f"{value:.4g}") for value in values), reverse=True)
     shutil.rmtree(tmp_path / "figures")
     assert analysis.publish(tmp_path, content) == content["claims"]  # from the numbers alone
-    assert all((tmp_path / figure).is_file() for figure in figures)
+    assert len(figures) == 4 and all((tmp_path / figure).stat().st_size > 5000 for figure in figures)
 
 
 # -- lab/explain.py ---------------------------------------------------------------------------------------
@@ -3369,13 +3170,6 @@ def test_adapters_at_exactly_zero_have_no_gradient_but_for_one_bias(lesson):
     assert min(explain.adapter_gradients(lesson)) > 0
     down, up, bias, norm = explain.adapter_gradients(lesson, zero=True)
     assert down == up == 0 < min(bias, norm)
-
-
-def test_head_tuning_can_start_at_cached_vectors(lesson):
-    assert explain.compare_cache(lesson)[0] == 0
-    model = lesson.build("head")
-    explain.train(lesson, model, "head", 2)
-    assert lesson.change(model) == 0
 
 
 def walk(technique, tiny, capsys):
@@ -3548,7 +3342,7 @@ def test_the_snippet_for_your_own_model_runs_and_the_error_reads_as_shown():
 
 
 def test_a_technique_is_one_file_one_row_and_one_entry(make_settings, tmp_path, monkeypatch):
-    """Add IA3 with the code of the README, train it, open the run and compare it with LoRA."""
+    """Add IA3 with the code of the README, train it and open the run."""
     path = tmp_path / "ia3.py"
     path.write_text(block_with(README, "class IA3Linear"))
     spec = importlib.util.spec_from_file_location("minipeft.ia3", path)
@@ -3557,25 +3351,11 @@ def test_a_technique_is_one_file_one_row_and_one_entry(make_settings, tmp_path, 
     row, entry = block_with(README, '"ia3": Technique'), block_with(README, '"ia3": lambda')
     monkeypatch.setitem(options.TECHNIQUES, "ia3", eval("{" + row + "}", vars(options))["ia3"])
     monkeypatch.setitem(models.APPLY, "ia3", eval("{" + entry + "}", vars(ia3))["ia3"])
-
-    settings = make_settings("ia3", out="ia3")
-    record = train.run(settings)
+    record = train.run(make_settings("ia3"))
     assert record["parameters"]["technique"] == 2 * 2 * 32  # layers, keys and values, hidden
     assert record["history"][1]["train_loss"] < record["history"][0]["train_loss"]
-    model, _, _ = checkpoint.open_run(tmp_path / "ia3")
+    model, _, _ = open_run(tmp_path / "run")
     assert all(not torch.equal(layer.attention.value.scale, torch.ones(32)) for layer in model.encoder.layers)
-
-    variants = [Variant(name, name, {"lr": 1e-2}) for name in ("ia3", "lora")]
-    monkeypatch.setitem(STUDIES, "ia3", Study("IA3 or LoRA?", "README", variants, [Contrast("ia3", "lora")]))
-    common = {name: getattr(settings, name) for name in options.common_defaults()}
-    place = runs.Place(tmp_path / "comparison", common, record["weights_sha256"], record["data_sha256"])
-    for variant in variants:
-        run = runs.make_run(place, variant, 0)
-        write_json(run.path, train.run(run.settings))
-        place.add(run.path)
-    result = result_of(place, "ia3")
-    assert result.findings[0].name == "IA3 - LoRA" and result.findings[0].accuracy
-    assert [row[:3] for row in report.quality_rows(result)[1:]] == [["IA3", 1, "0.01"], ["LoRA", 1, "0.01"]]
 
 
 SOLUTIONS = ("""
@@ -3610,48 +3390,25 @@ def checkpointed(encoder):
 """)
 
 
-WRONG = (("3 * hidden", "2 * hidden"), ("(True, True, False)", "(True, True, True)"), ("*= layer.scale", "*= 1"),
-         ("self.scaling * ", ""), ("for layer in encoder.layers", "for layer in ()"))
-
-
-def test_each_exercise_has_a_test_that_a_solution_passes_and_a_wrong_one_does_not():
-    given = {"torch": torch, "nn": nn, "F": F, "lora": lora, "copy": copy, "functools": functools}
+def test_each_exercise_has_a_test_that_a_solution_passes():
     tests = [block for block in blocks(EXERCISES, "python") if block.startswith("# test")]
-    for solution, wrong, test in zip(SOLUTIONS, WRONG, tests, strict=True):
-        names, others = dict(given), dict(given)
+    for solution, test in zip(SOLUTIONS, tests, strict=True):
+        names = {"torch": torch, "nn": nn, "F": F, "lora": lora, "copy": copy, "functools": functools}
         exec(solution, names)
         exec(test, names)
-        exec(solution.replace(*wrong), others)
-        with pytest.raises(AssertionError):
-            exec(test, others)
 
 
 def test_the_figures_are_drawn_from_the_shapes_of_any_bert_without_overlaps(real, tiny, tmp_path):
     assert figures.main(["--weights", str(tiny), "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {*figures.FIGURES, "steps.gif"}
-    config, written = read_config(real), {}
-    for name, draw in figures.FIGURES.items():
-        figure = draw(config)
+    for draw in figures.FIGURES.values():
+        figure = draw(read_config(real))
         figure.canvas.draw()
         texts = [text for text in figure.axes[0].texts if text.get_text()]
-        written[name] = " ".join(text.get_text() for text in texts)
         boxes = [text.get_window_extent().padded(-1) for text in texts]
         for number, box in enumerate(boxes):
             assert 0 <= box.x0 and box.x1 <= figures.WIDTH
             assert not any(box.overlaps(other) for other in boxes[number + 1:]), texts[number]
-    for words in ("384 × 384", "1,536 × 384", "12 heads of 32", "148,610", "299,904", "9,216", "331,776",
-                  "22,565,376"):
-        assert words in written["mechanism.png"]
-    assert "dropout" in written["adapter.png"] and "= 6,144 trained" in written["lora.png"]
-
-
-def test_in_ten_steps_b_leaves_zero_first_then_a_and_the_loss_falls(tiny):
-    rows = figures.train_ten_steps(tiny)
-    a_moves, b_moves = ([step for step in range(10) if not torch.equal(rows[step][part], rows[step + 1][part])]
-                        for part in (0, 1))
-    assert len(rows) == 11 and not rows[0][1].any()
-    assert b_moves == list(range(10)) and a_moves == list(range(1, 10))
-    assert rows[-1][2] < rows[0][2]
 
 
 # -- benchmarks/speed.py ----------------------------------------------------------------------------------
