@@ -17,6 +17,7 @@ from pathlib import Path
 from minipeft.lab.studies import SEARCHES, STUDIES
 from minipeft.tools import settings as options
 
+options.share_cores()  # before torch starts its threads
 QUICK = {"limit": 640, "epochs": 1}
 
 
@@ -73,7 +74,7 @@ from dataclasses import replace
 
 from minipeft.lab import rates, report
 from minipeft.lab.runs import COMPARISON, find_place, make_run, train_missing
-from minipeft.tools.files import UserError, write_json
+from minipeft.tools.files import run_program, write_json
 
 
 def train(chosen):
@@ -110,15 +111,11 @@ def main(chosen):
                 print("", *report.in_terminal(result), sep="\n")
         print(f"\nwritten: {chosen.out / 'README.md'}")
         return 0
-    except UserError as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f"\nstopped; run the same command again to resume in {chosen.out}", file=sys.stderr)
         return 130
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end too
-    sys.exit(main(CHOSEN))
+    sys.exit(run_program("compare.py", main, CHOSEN))

@@ -47,7 +47,7 @@ from benchmarks import parity
 from minipeft import __main__ as command_line, adapter, data, head, lora, micro, model as models
 from minipeft.adapter import (
     Adapter, AdapterLinear, TrainedNorm, adapter_state, add_adapters, load_adapters, remove_adapters)
-from minipeft.bert import Attention, Bert, BertConfig, Block, hugging_face_name, load_bert, load_pooler, read_config
+from minipeft.bert import Bert, BertConfig, Block, hugging_face_name, load_bert, load_pooler, read_config
 from minipeft.head import Classifier, freeze, pool, train_biases
 from minipeft.lab import analysis, explain, figures, memory, plots, rates, report, runs, stats
 from minipeft.lab.plots import Memory, Point
@@ -357,6 +357,8 @@ def test_other_checkpoints_names_are_understood(tiny, tmp_path):
     expected, extra = load_bert(tiny)(random_ids()), {"architectures": ["BertModel"], "pooler_fc_size": 768}
     assert torch.equal(load_bert(rewrite(tiny, tmp_path / "old", older))(random_ids()), expected)
     assert same_bits(bits(load_pooler(tmp_path / "old")), bits(load_pooler(tiny)))
+    for prefix in ("_orig_mod.", "module.bert."):  # of torch.compile and DataParallel
+        assert torch.equal(load_bert(rewrite(tiny, tmp_path / "prefix", under(prefix)))(random_ids()), expected)
     bare = rewrite(tiny, tmp_path / "bare", without("pooler"), extra)  # as sentence encoders are
     assert load_pooler(bare) is None and torch.equal(load_bert(bare)(random_ids()), expected)
     half = load_bert(rewrite(tiny, tmp_path / "half", lambda t: {k: v.half() for k, v in t.items()}))
@@ -390,7 +392,7 @@ def spoilt(tensors):
     (spoilt, {}, ["unexpected surprise.weight", "(32, 31), not (32, 32)", "LayerNorm.weight holds values that"]),
     (without("0.output.dense.bias"), {}, ["missing encoder.layer.0.output.dense.bias"]),
     (without("attention.self"), {}, ["missing encoder.layer.0.attention.self.query.weight", "and 7 more"]),
-    (under("_orig_mod."), {}, ["'_orig_mod.'", "torch.compile"]), (under("module.bert."), {}, ["'module.bert.'"]),
+    (under("x."), {"hidden_size": 64}, ["(24, 32), not (24, 64)"]),
     (without("word"), {}, ["holds no BERT", "word_embeddings"]),
     (under(""), {"num_hidden_layers": 99_999_999}, ["2 layers", "num_hidden_layers = 99999999"]),
     (under(""), {"num_hidden_layers": 1}, ["2 layers", "num_hidden_layers = 1"]),
@@ -508,7 +510,7 @@ def test_a_head_that_the_model_has_already_is_trained_when_named_and_else_a_warn
     with pytest.raises(ValueError, match="'classifer': matches nothing.*norm, query, value"):
         apply(model, train="classifer")
     assert type(model.query) is nn.Linear and all(parameter.requires_grad for parameter in model.parameters())
-    with pytest.warns(UserWarning, match=r"classifier is frozen.*train=\('classifier',\)"):
+    with pytest.warns(UserWarning, match=r"classifier is frozen.*train=\(.classifier.,\)"):
         apply(model)
     assert not model.classifier.weight.requires_grad
     for train in ("classifier", ("classifier",)):
@@ -533,7 +535,7 @@ def test_wrong_use_is_refused_with_the_reason_and_changes_nothing(tiny, apply, e
             (attention, {"targets": "out_proj"}, "out_proj is a NonDynamicallyQuantizableLinear"),  # read, not called
             (attention, {"targets": "in_proj_weight"}, "matches nothing"),
             (nn.Linear(3, 3), {"targets": ""}, "matches nothing"),
-            (integers, {"targets": "0", "train": "head"} | no_norms, "head is a ParameterList without plain weights")):
+            (integers, {"targets": "0", "train": "head"} | no_norms, "head is a ParameterList, the wrong type, or quantised")):
         with pytest.raises(ValueError, match=message):
             apply(model, **wrong)
         assert all(parameter.requires_grad for parameter in model.parameters() if parameter.is_floating_point())
@@ -544,14 +546,13 @@ def flags(model):
     return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("first, way_out", [("lora", "call merge_lora or remove_lora"),
-                                            ("adapter", "call remove_adapters")])
+@pytest.mark.parametrize("first", ["lora", "adapter"])
 @pytest.mark.parametrize("second", APPLY_TO_SMALL.values(), ids=APPLY_TO_SMALL)
-def test_a_second_technique_is_refused_with_the_way_out(first, second, way_out):
+def test_a_second_technique_is_refused_with_the_way_out(first, second):
     model = small()
     APPLY_TO_SMALL[first](model)
     before, trained = bits(model), flags(model)
-    with pytest.raises(ValueError, match=rf"(query|norm) is a \w+ already: {way_out} first"):
+    with pytest.raises(ValueError, match=r"(query|norm) is a \w+ already: call merge_lora, .*remove_adapters first"):
         second(model)
     assert same_bits(bits(model), before) and flags(model) == trained
     {"lora": remove_lora, "adapter": remove_adapters}[first](model)
@@ -564,7 +565,7 @@ def test_a_warning_names_the_whole_head_and_the_line_of_the_caller(tiny, apply):
     model = nn.Sequential(OrderedDict(model=Classifier(load_bert(tiny), 2)))  # as a Lightning module holds its model
     with pytest.warns(UserWarning) as caught:
         apply(model)
-    assert len(caught) == 1 and "train=('model.head',)" in str(caught[0].message)
+    assert len(caught) == 1 and re.search("head.classifier is frozen.*whole new head", str(caught[0].message))
     assert (caught[0].filename, caught[0].lineno) == (__file__, apply.__code__.co_firstlineno)
 
 
@@ -585,13 +586,13 @@ def with_weight(change):
     with_weight(lambda weight: weight.new_empty(0))], ids=["meta", "packed", "int8", "float8", "sharded"])  # ZeRO-3
 def test_layers_whose_weights_are_not_plain_and_in_memory_are_refused_by_name(make):
     for name, apply, wrong in (
-            ("value", add_lora, {"targets": ("query", "value")}), ("value", freeze, {"train": "value"}),
+            ("value", add_lora, {"targets": ("query", "value")}),
             ("value", add_adapters, {"targets": ("query", "value"), "norms": ()}),
             ("norm", add_adapters, {"targets": "query", "norms": "norm"})):
         model = small()
         make(getattr(model, name))
         before = flags(model)
-        with pytest.raises(ValueError, match=rf"{name} is a \w+ without plain weights in memory \(quantised"):
+        with pytest.raises(ValueError, match=rf"{name} is a \w+, the wrong type, or quantised, sharded or offloaded"):
             apply(model, **wrong)
         assert flags(model) == before and type(model.query) is nn.Linear
 
@@ -599,7 +600,7 @@ def test_layers_whose_weights_are_not_plain_and_in_memory_are_refused_by_name(ma
 @pytest.mark.parametrize("name, state_of, load, remove", [
     ("lora", lora_state, load_lora, merge_lora), ("adapter", adapter_state, load_adapters, remove_adapters)])
 def test_a_state_needs_a_model_in_memory_that_has_the_technique(name, state_of, load, remove):
-    model, order = small(), "load the base model, add_"
+    model, order = small(), "The order is: load the base model, add_lora or add_adapters, train"
     for call in (state_of, lambda model: load(model, {})):
         with pytest.raises(ValueError, match=order):
             call(model)
@@ -615,10 +616,9 @@ def test_a_state_needs_a_model_in_memory_that_has_the_technique(name, state_of, 
 
 @pytest.mark.parametrize("call, message", [
     (lambda: merge_lora(LoRALinear(nn.Linear(4, 4), 2)), "the model itself"),
-    (lambda: Adapter(4, 2, init_std=0), "init_std must be positive"),
+    (lambda: Adapter(4, 2, init_std=0), "init_std positive"),
     (lambda: train_biases(nn.Linear(2, 2, bias=False)), "no biases"),
-    (lambda: train_biases(small().to("meta")), "no biases to train, or they are not in memory"),
-    (lambda: freeze(type("DistributedDataParallel", (nn.Sequential,), {})(small())), "apply the technique first"),
+    (lambda: freeze(type("DistributedDataParallel", (nn.Sequential,), {})(small())), "apply a technique before"),
     (lambda: add_adapters(nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4, elementwise_affine=False)), "0", norms="1"),
      "1 is a RMSNorm")])
 def test_a_call_that_would_have_no_effect_is_refused(call, message):
@@ -877,9 +877,9 @@ def test_a_wrapped_model_can_be_compiled_copied_cast_and_called_functionally(nam
 
 def test_the_technique_files_share_their_helpers_to_the_letter():
     """Each file is copied alone, so each has these functions; they must not drift apart."""
-    for name in ("plain", "named", "matching", "freeze", "swap", "trained_tensors", "load", "is_linear"):
-        for file in (adapter, head) if hasattr(head, name) else (adapter,):
-            assert inspect.getsource(getattr(lora, name)) == inspect.getsource(getattr(file, name))
+    assert lora.TAKEN == adapter.TAKEN == head.TAKEN
+    for name in ("plain", "matching", "freeze", "swap", "is_linear", "trained_tensors"):
+        assert inspect.getsource(getattr(lora, name)) == inspect.getsource(getattr(adapter, name))
 
 
 @pytest.mark.parametrize("name, call", [("lora", "add_lora(model, 'query')"), ("head", "freeze(model, train='value')"),
@@ -1585,8 +1585,8 @@ def test_a_setting_that_does_not_fit_is_one_clear_line(make_settings, capsys, mo
 # -- tools/settings.py ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("program, line, part", [
-    (options, "lora --rank 0", "--rank: 0 is not at least 1"), (options, "head --rank 8", "not an option of head"),
-    (options, "adapter --rslora", "--rslora is not an option of adapter"), (options, "lora --lr fast", "--lr"),
+    (options, "lora --rank 0", "--rank: 0 is not at least 1"), (options, "head --rank 8", "unrecognized arguments: --rank"),
+    (options, "adapter --rslora", "unrecognized arguments: --rslora"), (options, "lora --lr fast", "--lr"),
     (options, "lora --lr nan", "--lr"), (options, "lora --alpha inf", "--alpha"), (options, "prompt", "prompt"),
     (options, "lora --fold 10", "--fold"), (options, "lora --test t.csv", "--test needs --data"),
     (options, "lora --data d.csv --test t.csv --fold 1", "--fold"), (options, "lora --dropout 2", "--dropout"),
@@ -1687,7 +1687,7 @@ def test_a_folder_with_one_subfolder_a_class_is_a_data_set(tmp_path, tiny):
     assert texts.read_texts(corpus, [3, 0, 2, 1]) == ["good\nfilm", "dull plot", "fine", "weak caf\u00e9"]
     notes = "\n".join(corpus.notes)
     assert f"left out of {folder}: 1 file in __MACOSX/pos, 2 files in pos, 1 file in pos/deeper, 1 file in unsup" in notes
-    assert f"{folder}/neg/2_1.TXT, line 1: not UTF-8, so 1 such line read as Windows-1252" in notes
+    assert f"{folder}/neg/2_1.TXT, line 1: not UTF-8; such characters are read as Windows-1252" in notes
 
 
 def test_the_fingerprint_of_a_folder_depends_on_names_and_contents_of_its_texts_only(tmp_path, reviews):
@@ -1705,7 +1705,7 @@ GOOD = "text,label\n" + "".join(f"good film {word},pos\nbad film {word},neg\n" f
 
 @pytest.mark.parametrize("name, content, note", [
     ("a.csv", GOOD.encode() + b"caf\xe9 a,pos\ncaf\xe9 b,neg\n",
-     "{path}, line 42: not UTF-8, so 2 such lines read as Windows-1252 (--encoding names another)"),
+     "{path}, line 42: not UTF-8; such characters are read as Windows-1252 (--encoding names another)"),
     ("a.tsv", GOOD.replace(",", "\t") + '"fine cast\tpos\n"dull film\tneg\nfine"\tpos\n',  # marks of other rows
      "{path}: not every field that begins with a quotation mark ends with one, so quotation marks are part of the text "
      "(2 fields)"),
@@ -1715,9 +1715,9 @@ GOOD = "text,label\n" + "".join(f"good film {word},pos\nbad film {word},neg\n" f
      "warning: some classes differ in case or number format only: Pos, pos"),
     ("a.csv", GOOD.replace("pos", "1").replace("neg", "0") + "fine cast,1.0\nwarm cast,1.0\n",
      "warning: some classes differ in case or number format only: 1, 1.0"),
-    ("a.csv", GOOD + "sushi,pos\n", "0.8% of the tokens are [UNK]: the vocabulary of the weights lacks them"),
+    ("a.csv", GOOD + "sushi,pos\n", "0.8% of the tokens are [UNK], which the vocabulary of the weights lacks"),
     ("a.csv", GOOD + "sushi ramen " * 9 + ",pos\n",
-     "warning: 13.0% of the tokens are [UNK]: the vocabulary of the weights lacks them; take weights for this "
+     "warning: 13.0% of the tokens are [UNK], which the vocabulary of the weights lacks: take weights for this "
      "language, or multilingual ones, with --weights")])
 def test_what_is_left_out_or_read_in_a_second_way_is_noted(tmp_path, tiny, name, content, note):
     path = write_files(tmp_path, {name: content}) / name
@@ -1761,8 +1761,8 @@ def test_the_root_of_an_archive_and_a_path_that_is_not_there_are_refused(tmp_pat
 
 @pytest.mark.parametrize("content, parts", [
     ("text\ngood film\n", ("no column 'label'",)), ("text,label\ngood film,\n", ("line 2: a text without a label",)),
-    ("id,text\n1,good film\n2,bad film\n", ("none of its labels ('1', '2') occurs in",)),
-    ("text,label\ngood film,-1\nbad film,-1\n", ("none of its labels ('-1') occurs in",))])
+    ("id,text\n1,good film\n2,bad film\n", ("has 0 sentences labelled",)),
+    ("text,label\ngood film,-1\nbad film,-1\n", ("has 0 sentences labelled '-1'",))])
 def test_a_test_file_without_labels_is_refused_with_the_way_to_predict_them(tmp_path, tiny, reviews, content, parts):
     test = write_files(tmp_path, {"test.csv": content}) / "test.csv"
     with user_error(str(test), "python -m minipeft predict RUN --csv FILE", *parts):
@@ -1803,8 +1803,8 @@ def test_a_text_with_two_labels_is_left_out_and_shown(tmp_path, tiny):
     path = tmp_path / "mine.csv"
     path.write_text(GOOD + "bad plot,neg\n good film good,neg\nGood film  good,neg\ngood film good,pos\nbad plot,pos\n")
     corpus = corpus_of(path, tiny=tiny)
-    assert corpus.notes == [f"left out 5 sentences of {path} whose text occurs with more than one label (2 texts), "
-                            "such as 'good film good': 'pos' in line 2, 'neg' in line 43"]
+    assert corpus.notes == [f"left out 5 sentences of {path} whose text occurs with more than one label, "
+                            "such as line 2 ('pos') and line 43 ('neg')"]
     assert set(range(2, 47)) - set(corpus.line) == {2, 42, 43, 45, 46}  # 44 differs in its spelling
 
 
@@ -2462,7 +2462,8 @@ def fake_study(place, name, folds, size=200):
 def result_of(place, name):
     study = STUDIES[name]
     outcomes = runs.collect(place, study)
-    return report.Result(name, study, place, outcomes, [report.measure(study, outcomes, one) for one in study.contrasts])
+    findings = [report.measure(study, outcomes, contrast) for contrast in study.contrasts]
+    return report.Result(name, study, place, outcomes, findings)
 
 
 @pytest.fixture
@@ -2813,7 +2814,7 @@ def test_published_contrasts_agree_with_an_independent_recomputation(published):
         if found:
             study = dataclasses.replace(STUDIES["calibrated"], rule=rule, partial=False, variants=[
                 Variant(name, name) for name in (contrast.a, contrast.b)])
-            for folder in study.folders:
+            for folder in study.folders if rule == "calibrated" else reversed(study.folders):
                 outcomes = runs.collect(published.places[folder], study) if folder in published.places else {}
                 if outcomes and len(outcomes[contrast.a]) == 10:
                     check(found, outcomes, 5, folder)
@@ -2830,7 +2831,8 @@ def test_the_published_report_is_what_the_records_give(tmp_path, monkeypatch, wi
     assert {path.name for path in pages} >= {"README.md", "calibrated.md", "learning-rates.md"}
     for path in pages:
         assert (tmp_path / path.relative_to(ROOT)).read_text() == path.read_text(), path
-    figures = {name for path in pages for name in re.findall(r"\]\((?:\.\./)?figures/([\w-]+\.png)\)", path.read_text())}
+    pattern = r"\]\((?:\.\./)?figures/([\w-]+\.png)\)"
+    figures = {name for path in pages for name in re.findall(pattern, path.read_text())}
     assert figures and all((ROOT / "results/figures" / name).is_file() for name in figures)
 
 
@@ -2874,7 +2876,7 @@ def test_few_sentences_and_identical_predictions_have_no_verdict(fake_place, siz
     for variant, skill in zip(study.variants, skills):
         fake_record(runs.make_run(fake_place, variant, 0), skill, size)
     found = report.measure(study, runs.collect(fake_place, study), Contrast("lora", "full"))
-    assert found.verdicts == {"corrected": word}
+    assert found.verdicts["corrected"].startswith(word)
 
 
 def test_only_a_partial_study_is_shown_without_one_of_its_variants(fake_place):
@@ -2974,7 +2976,8 @@ def test_without_a_search_on_the_user_s_data_the_first_line_says_so_and_names_th
     assert compare.main(compare.parse(words)) == 0
     said, readme = capsys.readouterr().out, (fake_place.out / "README.md").read_text()
     assert max(map(len, said.splitlines())) <= 100 and "on my.csv" in said and "not searched" in said.split("\n\n")[0]
-    assert "**not searched**" in readme.split("\n\n")[2] and "Data: my.csv;" in readme and "movie reviews, not" in readme
+    assert "**not searched**" in readme.split("\n\n")[2]
+    assert "Data: my.csv;" in readme and "movie reviews, not" in readme
     command, = re.findall(r"`(python compare.py --search [^`]+)`", readme)
     assert compare.main(compare.parse(shlex.split(command)[2:])) == 0
     said, readme = capsys.readouterr().out, (fake_place.out / "README.md").read_text()
@@ -2987,7 +2990,8 @@ def test_a_readme_that_compare_did_not_write_is_never_replaced(tmp_path, capsys)
     readme = tmp_path / "README.md"
     for content in (b"# My project\n", b"# Results\n\nOf my project.\n", "# Results\n".encode("utf-16")):
         readme.write_bytes(content)
-        assert compare.main(compare.parse(["--out", str(tmp_path)])) == 2 and readme.read_bytes() == content
+        code = files.run_program("compare.py", compare.main, compare.parse(["--out", str(tmp_path)]))
+        assert code == 2 and readme.read_bytes() == content
     assert f"{readme} was not written by compare.py" in capsys.readouterr().err
 
 
@@ -3006,19 +3010,26 @@ def test_quick_says_nothing_about_the_order_of_the_techniques(fake_place, monkey
 
 # -- lab/analysis.py and lab/memory.py --------------------------------------------------------------------
 
-def test_the_accuracy_without_a_span_of_adapters_is_that_of_a_copy_with_those_adapters_at_zero(finished):
-    run = finished("adapter", "--epochs", 8)
-    found = analysis.compare_spans([analysis.layer_spans(run)])
-    model, record, weights = open_run(run)
+@pytest.fixture
+def three_runs(finished, tmp_path):
+    """A folder of short finished runs of adapters, LoRA and full fine-tuning."""
+    for technique, more in (("adapter", ["--epochs", 8]), ("lora", []), ("full", ["--lr", 1e-3])):
+        shutil.copytree(finished(technique, *more), tmp_path / "three" / technique)
+    return tmp_path / "three"
+
+
+def test_the_accuracy_without_a_span_of_adapters_is_that_of_a_copy_with_those_adapters_at_zero(three_runs):
+    found = analysis.compare_spans([analysis.layer_spans(three_runs / "adapter")])
+    model, record, weights = open_run(three_runs / "adapter")
     corpus, _, test = analysis.read_data(record, weights)
     assert found["complete"] == pytest.approx(100 * record["metrics"]["test_accuracy"])
     (first, both), (none, _) = found["matrix"]
     assert none is None and len({found["complete"], first, both}) == 3
     for last in (0, 1):
         for layer in model.encoder.layers[:last + 1]:
-            for adapter in explain.layers_of(layer, Adapter):
-                nn.init.zeros_(adapter.up.weight)
-                nn.init.zeros_(adapter.up.bias)
+            for bottleneck in explain.layers_of(layer, Adapter):
+                nn.init.zeros_(bottleneck.up.weight)
+                nn.init.zeros_(bottleneck.up.bias)
         predicted = predict(model, corpus.sentences(test)).argmax(1)
         assert found["matrix"][0][last] == pytest.approx(100 * (predicted == corpus.labels[test]).mean())
 
@@ -3040,17 +3051,16 @@ def test_an_intruder_is_a_direction_that_the_old_matrix_does_not_have():
     assert analysis.intruders(before, before + new, top=3) == 1
 
 
-def test_the_spectrum_of_an_update_is_that_of_the_difference_of_the_weights(finished, tiny):
+def test_the_spectrum_of_an_update_is_that_of_the_difference_of_the_weights(three_runs, tiny):
     base, name = load_bert(tiny), "layers.1.feed_forward.intermediate"
-    for run in (finished("lora"), finished("full", "--lr", 1e-3)):
-        found, model = analysis.update_spectrum(run), open_run(run)[0]
+    for technique in ("lora", "full"):
+        found, model = analysis.update_spectrum(three_runs / technique), open_run(three_runs / technique)[0]
         assert len(found) == 12
-        layer = model.get_submodule(f"encoder.{name}")
-        update = layer.weight.detach() - base.get_submodule(name).weight.detach()
+        update = model.get_submodule(f"encoder.{name}").weight.detach() - base.get_submodule(name).weight.detach()
         # singular values by the eigenvalues of U^T U
         values = torch.linalg.eigvalsh(update.double().T @ update.double()).clamp(min=0).sqrt().flip(0)
-        assert np.abs(np.array(found[name]["values"]) - values.numpy()).max() < 1e-5
-        assert (np.array(found[name]["values"][8:]) < 1e-6).all() == (run == finished("lora"))  # rank 8 of 32
+        assert found[name]["rank"] == analysis.rank_of_energy(values ** 2)
+        assert (values[8:] < 1e-6).all() == (technique == "lora")  # rank 8 of 32
 
 
 def test_rank_correlation_of_a_case_worked_by_hand():
@@ -3067,63 +3077,87 @@ def test_an_unchanged_encoder_forgets_nothing_and_a_trained_one_something(finish
     assert found["correlation"] < 0.999 and len(found["groups"]) == 3 and np.isfinite(found["groups"]).all()
 
 
+def activations_by_formula(technique, config, settings, sentences, tokens):
+    """Bytes of the activations that autograd keeps for the backward pass, in fp32, without padding and encoder dropout.
+
+    Per token and block: query, key, value, context and one log-sum-exp a head (fused attention keeps it instead of its
+    weights); the inputs of two norms with mean and deviation; GELU's input. A weight's gradient needs the input of its
+    layer: the block's input, the first norm's output, GELU's output (the context is there already).
+    """
+    h, f = config.hidden_size, config.intermediate_size
+    attention = 4 * h + config.num_attention_heads
+    plain, inputs = attention + 2 * (h + 2) + f, 2 * h + f
+    match technique:  # values a token: in each block, and once
+        case "head":
+            block, once = 0, 0
+        case "adapter":  # nothing below the first adapter
+            block, once = plain + 2 * (h + 2 * settings.bottleneck), -attention
+        case "lora":
+            block, once = plain + inputs + 6 * settings.rank, 0
+        case "bitfit":  # the input of the embeddings' norm
+            block, once = plain, h + 2
+        case "full":  # the same, and token ids of 8 bytes
+            block, once = plain + inputs, h + 4
+    return 4 * (sentences * tokens * (config.num_hidden_layers * block + once) + 4 * sentences * h)  # last: the head
+
+
 @pytest.mark.parametrize("technique", options.TECHNIQUES)
 def test_memory_and_matrix_products_are_what_the_formulas_say(tiny, technique):
-    found = memory.memory(technique, tiny, sentences=6, tokens=11)
-    formula, measured, rule = found["formula"], found["measured"], found["measured"]["rule_flop"]
-    assert measured["weights"] == formula["weights"] and measured["gradients"] == formula["gradients"]
-    assert measured["optimiser_states"] == pytest.approx(formula["optimiser_states"], abs=4 * 200)  # step counts
-    assert measured["activations"] == pytest.approx(formula["activations"], abs=2000)  # labels, logits, loss
+    measured, settings = memory.memory(technique, tiny, sentences=6, tokens=11), options.parse([technique])
+    counts, rule = models.count_parameters(memory.make_model(technique, tiny)), measured["rule_flop"]
+    assert measured["weights"] == 4 * counts["total"] and measured["gradients"] == 4 * counts["trainable"]
+    assert measured["optimiser_states"] == pytest.approx(8 * counts["trainable"], abs=4 * 200)  # step counts
+    formula = activations_by_formula(technique, read_config(tiny), settings, 6, 11)
+    assert measured["activations"] == pytest.approx(formula, abs=2000)  # labels, logits, loss
     assert measured["forward_flop"] == rule["forward"]
     assert measured["backward_flop"] == rule["to weights"] + rule["to activations"]
 
 
 @torch.no_grad()
-def test_a_cut_update_is_the_projection_on_its_largest_directions(finished, tiny):
+def test_a_cut_update_is_the_projection_on_its_largest_directions(three_runs, tiny):
     """The oracle: the eigenvectors of U^T U for the largest eigenvalues span the closest matrix of that rank."""
-    run, base = finished("full", "--lr", 1e-3), load_bert(tiny).layers
-    rows = {row["rank"]: row for row in analysis.cut_updates(run)}
-    for rank in (0, 4):
-        model, record, weights = open_run(run)
+    found, base = analysis.cut_updates(three_runs / "full"), load_bert(tiny).layers
+    for rank in (0, 4, 32):
+        model, record, weights = open_run(three_runs / "full")
         for name, layer in base.named_modules():
             if isinstance(layer, nn.Linear):
                 weight = model.encoder.layers.get_submodule(name).weight
                 update = (weight - layer.weight).double()
                 largest = torch.linalg.eigh(update.T @ update).eigenvectors.flip(1)[:, :rank]
                 weight.copy_(layer.weight + update @ largest @ largest.T)
-        corpus, *sets = analysis.read_data(record, weights)
-        parts = {part: {"logits": predict(model, corpus.sentences(indices)), "labels": corpus.labels[indices]}
-                 for part, indices in zip(("dev", "test"), sets)}
-        expected = analysis.score("cut", rank, record | parts)
-        assert rows[rank] == expected | {"calibrated_loss": pytest.approx(expected["calibrated_loss"], abs=1e-4)}
+        corpus, _, test = analysis.read_data(record, weights)
+        assert found[rank] == 100 * (predict(model, corpus.sentences(test)).argmax(1) == corpus.labels[test]).mean()
+    lora = 100 * read_json(three_runs / "lora/run.json")["metrics"]["test_accuracy"]
+    section = analysis.analyse_cuts(three_runs)  # against the whole update, and beside LoRA trained at the same rank
+    assert section["whole"] == found[32]
+    assert section["changes"] == {"full": {rank: [found[rank] - found[32]] for rank in list(found)[:-1]},
+                                  "lora": {8: [lora - found[32]]}}
 
 
 def test_techniques_take_turns_on_one_encoder_and_leave_its_bits(finished, tiny):
     one, other = finished("lora"), finished("lora", "--top-layers", 1, "--rank", 2)
-    found = analysis.share_encoder([one, finished("adapter", "--epochs", 8), other], rounds=2)  # it compares the bits
+    found = analysis.share_encoder([one, finished("adapter"), other], rounds=2)  # it compares the bits itself
     assert [run["technique"] for run in found["runs"]] == ["lora", "adapter", "lora"]
     assert found["encoder_mb"] == sum(tensor.nbytes for tensor in load_bert(tiny).state_dict().values()) / 1e6
     with user_error("full changes the base weights"):
         analysis.share_encoder([one, finished("full", "--lr", 1e-3)])
 
 
-def test_the_analysis_adds_sections_and_makes_figures_and_table_from_all_of_them(finished, tiny, tmp_path):
+def test_the_analysis_adds_sections_and_makes_figures_and_table_from_all_of_them(three_runs, tiny, tmp_path):
     out = ["--out", str(tmp_path), "--weights", str(tiny)]
-    lora, adapter, full = finished("lora"), finished("adapter", "--epochs", 8), finished("full", "--lr", 1e-3)
-    (tmp_path / "runs").mkdir()
-    shutil.copy(lora / "run.json", tmp_path / "runs/lora.json")
-    for more in ([], ["--cut", full], ["--tasks", lora, adapter], ["--runs", lora.parent]):
-        assert analysis.main([*out, *map(str, more)]) == 0
+    for more in ([], ["--cut", three_runs], ["--tasks", three_runs / "lora", three_runs / "adapter"],
+                 ["--runs", three_runs]):
+        analysis.main([*out, *map(str, more)])
     content = read_json(tmp_path / "analysis.json")
-    assert {row["claim"] for row in content["claims"]} >= {
-        analysis.SECTIONS[name][0] for name in ("layers", "spectrum", "cut", "tasks", "memory")}
+    assert [row["claim"] for row in content["claims"]] == [
+        analysis.SECTIONS[name][0] for name in ("layers", "spectrum", "cut", "tasks", "forgetting", "memory")]
     for row in content["claims"]:
         assert set(row) == {"claim", "source", "measured", "verdict", "figure", "command"}
         assert shlex.split(row["command"])[:7] == ["python", "-m", "minipeft.lab.analysis", *out]
-    figures = {row["figure"] for row in content["claims"]} - {None}
+    drawn = {row["figure"] for row in content["claims"]} - {None}
     shutil.rmtree(tmp_path / "figures")
     assert analysis.publish(tmp_path, content) == content["claims"]  # from the numbers alone
-    assert len(figures) == 4 and all((tmp_path / figure).stat().st_size > 5000 for figure in figures)
+    assert len(drawn) == 4 and all((tmp_path / figure).stat().st_size > 5000 for figure in drawn)
 
 
 # -- lab/explain.py ---------------------------------------------------------------------------------------
@@ -3261,7 +3295,7 @@ def test_the_counts_and_costs_in_the_readme_are_those_of_the_default_model(real)
         trainable, config = counts[name]["trainable"], model.encoder.config
         found[name] = {"weights": 4 * counts[name]["total"], "gradients": 4 * trainable,
                        "AdamW's moments": 8 * trainable,
-                       "activations": memory.activations_by_formula(name, config, settings, 32, 26)}
+                       "activations": activations_by_formula(name, config, settings, 32, 26)}
         products[name] = memory.measure_step(model, torch.full((1, 26), 5))  # both grow with the number of sentences
     plain = products["full"]["forward_flop"]
     rows = [[label, *(f"{memory[label] / 1e6:.1f}" for memory in found.values())] for label in found["full"]]
@@ -3387,8 +3421,8 @@ def test_each_exercise_has_a_test_that_a_solution_passes():
 
 
 def test_the_figures_are_drawn_from_the_shapes_of_any_bert_without_overlaps(real, tiny, tmp_path):
-    assert figures.main(["--weights", str(tiny), "--out", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {*figures.FIGURES, "steps.gif"}
+    figures.main(["--weights", str(tiny), "--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {*figures.FIGURES}
     for draw in figures.FIGURES.values():
         figure = draw(read_config(real))
         figure.canvas.draw()

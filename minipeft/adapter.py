@@ -19,16 +19,13 @@ class Adapter(nn.Module):
     W_down is (bottleneck, width), W_up (width, bottleneck): 2 x bottleneck x width + bottleneck + width parameters, in
     fp32. The weights are normal, truncated at two standard deviations, so the adapter starts near the identity. The
     paper's standard deviation is 1e-2, that of its code 1e-3. The paper names no nonlinearity; its code has the tanh
-    approximation of GELU, this file exact GELU. Raises ValueError for a bottleneck below 1 or an init_std that is not
-    positive.
+    approximation of GELU, this file exact GELU. Raises ValueError for a size that is not positive.
     """
 
     def __init__(self, width, bottleneck=32, init_std=1e-2, device=None):
         super().__init__()
-        if bottleneck < 1:
-            raise ValueError(f"bottleneck must be at least 1, not {bottleneck}")
-        if init_std <= 0:
-            raise ValueError(f"init_std must be positive, not {init_std}: at zero its matrices would not learn")
+        if bottleneck < 1 or init_std <= 0:  # matrices of zeros would not learn
+            raise ValueError(f"bottleneck must be at least 1 and init_std positive, not {bottleneck} and {init_std}")
         self.down = nn.Linear(width, bottleneck, device=device, dtype=torch.float32)
         self.up = nn.Linear(bottleneck, width, device=device, dtype=torch.float32)
         for layer in (self.down, self.up):
@@ -44,7 +41,6 @@ class Adapter(nn.Module):
 
 class AdapterLinear(nn.Module):
     """A frozen linear layer, then a trainable adapter. (The authors' code has BERT's dropout between the two.)"""
-    way_out = "call remove_adapters"  # for matching, below
 
     def __init__(self, linear, bottleneck=32, init_std=1e-2):
         super().__init__()
@@ -53,7 +49,7 @@ class AdapterLinear(nn.Module):
         self.adapter = Adapter(width, bottleneck, init_std, linear.weight.device)
         self.train(linear.training)
 
-    def forward(self, input):  # x has the name that nn.Linear gives it
+    def forward(self, input):  # nn.Linear's own name, for code that calls layer(input=x)
         """(..., in_features) -> (..., out_features)"""
         return self.adapter(self.linear(input))
 
@@ -62,18 +58,14 @@ class AdapterLinear(nn.Module):
         return self.linear.weight.as_subclass(NotToCompute)
 
     def __getattr__(self, name):  # bias, in_features and the like, for code that reads them, are the base layer's
-        try:
+        if name.startswith("_") or name in self._modules:
             return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_"):  # what a library keeps about the base layer, such as accelerate's hook
-                raise
-            return getattr(super().__getattr__("linear"), name)
+        return getattr(super().__getattr__("linear"), name)
 
 
 class TrainedNorm(nn.Module):
     """A normalisation layer replaced by a trained fp32 copy, `trained`. The original, `base`, is not called; it is
     kept so that remove_adapters can put it back bit for bit."""
-    way_out = "call remove_adapters"
 
     def __init__(self, norm):
         super().__init__()
@@ -93,20 +85,18 @@ class TrainedNorm(nn.Module):
         return output.to([*args, *named.values()][0].dtype)
 
     def __getattr__(self, name):  # weight, eps and the like are the trained copy's, tensors in the dtype of the base's
-        try:
+        if name.startswith("_") or name in self._modules:
             return super().__getattr__(name)
-        except AttributeError:
-            value = getattr(super().__getattr__("trained"), name)
-            return value.to(getattr(self.base, name).dtype) if torch.is_tensor(value) else value
+        value = getattr(super().__getattr__("trained"), name)
+        return value.to(getattr(self.base, name).dtype) if torch.is_tensor(value) else value
 
 
 # -- what makes it safe on anyone's model ------------------------------------------------------------------
 
 class NotToCompute(torch.Tensor):
-    """The weight that AdapterLinear shows. Code that computes with it instead of calling the layer would leave out the
-    adapter, so that is a ValueError; dtype, device and shape can be read. nn.TransformerEncoderLayer is such code in
-    inference, but calls its layers if a weight has a class like this one. (For torch.export, call
-    torch.backends.mha.set_fastpath_enabled(False) as well.)"""
+    """The weight that AdapterLinear shows. Its dtype, device and shape can be read. Computing with it is a ValueError:
+    code that reads the weight instead of calling the layer leaves out the adapter. nn.TransformerEncoderLayer is such
+    code in inference, but calls its layers if a weight has a class like this one."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -116,60 +106,56 @@ class NotToCompute(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs)
 
 
-# The functions from here to is_linear are repeated in lora.py, so that each file can be copied alone.
+# From here to trained_tensors as in lora.py, so that each file can be copied alone.
+
+# What was added would be frozen by a second technique, and not synchronised by the last two.
+TAKEN = ("LoRALinear", "AdapterLinear", "TrainedNorm", "DistributedDataParallel", "FullyShardedDataParallel")
+
 
 def plain(tensors):
-    """Check that there are tensors, with floating-point values in memory: none is sharded, quantised or offloaded."""
+    """Check that there are tensors, with floating-point values in memory: none is quantised, sharded or offloaded."""
     counting = torch.get_default_device().type == "meta"  # inside `with torch.device("meta")`: shapes are enough
+    floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     return bool(tensors) and all(
-        type(tensor) in (torch.Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.element_size() > 1
-        and tensor.numel() > 0 and (counting or not tensor.is_meta) for tensor in tensors)
-
-
-def named(model, target):
-    """Return {name: module}: the modules called `target` or ending in "." + `target`; shared ones under each name."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if name and f".{name}".endswith(f".{target}")}
+        type(tensor) in (torch.Tensor, nn.Parameter) and tensor.dtype in floats and tensor.numel() > 0
+        and (counting or not tensor.is_meta) for tensor in tensors)
 
 
 def matching(model, targets, fits=lambda module: True):
     """Return the modules that `targets` name by dotted suffix, each once. Raise ValueError, with the names that could
-    match, if a target matches nothing or a module that does not fit; also if `model` cannot be changed any more."""
-    fitting, wrong, found = set(), {}, []
-    for name, module in model.named_modules(remove_duplicate=False):
-        kind = module._get_name()  # a second technique would freeze the first; DDP would not synchronise what is added
-        if hasattr(type(module), "way_out") or kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
-            way_out = getattr(type(module), "way_out", "apply the technique")
-            raise ValueError(f"{name or 'the model'} is a {kind} already: {way_out} first")
-        if not fits(module):
-            wrong[name] = f"{name} is a {kind}"
-        elif not plain([*module.parameters()]):
-            wrong[name] = f"{name} is a {kind} without plain weights in memory (quantised, sharded, offloaded?)"
-        elif name:
-            fitting.add(name.rpartition(".")[2])
+    match, if a target matches nothing or a module that does not fit; also if `model` has a technique already."""
+    modules, fitting, found = dict(model.named_modules(remove_duplicate=False)), {}, []
+    for name, module in modules.items():
+        kind = module._get_name()
+        if kind.endswith(TAKEN):
+            raise ValueError(f"{name or 'the model'} is a {kind} already: call merge_lora, remove_lora or "
+                             "remove_adapters first; apply a technique before DistributedDataParallel")
+        if name and fits(module) and plain(list(module.parameters())):
+            fitting[name] = module
     for target in [targets] if isinstance(targets, str) else targets:
-        matches = named(model, target)
-        problems = [wrong[name] for name in matches if name in wrong]
-        if problems or not matches:
-            raise ValueError(f"target {target!r}: {'; '.join(problems[:3]) or 'matches nothing'}. "
-                             f"Modules that fit end in: {', '.join(sorted(fitting))}")
-        found += matches.values()
+        matches = [name for name in modules if name and f".{name}".endswith(f".{target}")]
+        wrong = [f"{name} is a {modules[name]._get_name()}, the wrong type, or quantised, sharded or offloaded"
+                 for name in matches if name not in fitting]
+        if wrong or not matches:
+            endings = ", ".join(sorted({name.rpartition(".")[2] for name in fitting}))
+            raise ValueError(f"target {target!r}: {wrong[0] if wrong else 'matches nothing'}. "
+                             f"Modules that fit end in: {endings}")
+        found += [fitting[name] for name in matches]
     return list(dict.fromkeys(found))
 
 
 def freeze(model, train=(), stacklevel=2):
     """Freeze `model` in place, except the modules that `train` names by dotted suffix. Raise ValueError, and change
     nothing, where matching does. Warn if a module called `classifier` or `score` is frozen: a new one stays random."""
-    kept, total = matching(model, train), len(list(model.parameters()))
+    kept = matching(model, train)
     model.requires_grad_(False)
     for module in kept:
         module.requires_grad_(True)
-    for name, head in (named(model, "classifier") | named(model, "score")).items():
-        if not all(parameter.requires_grad for parameter in head.parameters()):
-            outer = name.rpartition(".")[0]
-            while outer and len(list(model.get_submodule(outer).parameters())) < total / 2:  # without the encoder
-                name, outer = outer, outer.rpartition(".")[0]
-            warnings.warn(f"{name} is frozen; if it is a new head, pass train=({name!r},)", stacklevel=stacklevel)
+    for name, module in model.named_modules():
+        frozen = not all(parameter.requires_grad for parameter in module.parameters())
+        if frozen and name.rpartition(".")[2] in ("classifier", "score"):
+            warnings.warn(f"{name} is frozen; if it is a new head, pass train=({name.partition('.')[0]!r},)",
+                          stacklevel=stacklevel)
 
 
 def swap(model, replacements):
@@ -181,10 +167,24 @@ def swap(model, replacements):
     return list(old)
 
 
-def trained_tensors(model, own):
-    """Return {name: tensor} of what training changes: the tensors `own`, what else requires a gradient, and buffers
-    (BatchNorm's statistics) of modules trained as a whole. Raise ValueError for one that is not a tensor in memory."""
-    own = own | {parameter for parameter in model.parameters() if parameter.requires_grad}
+def is_linear(module):
+    """Recognise nn.Linear, but not its subclass in nn.MultiheadAttention, whose weight is read and which is never
+    called; and transformers' Conv1D (GPT-2), whose weight is (in, out)."""
+    read = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return isinstance(module, nn.Linear) and not read or type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def trained_tensors(model, kinds):
+    """Return {name: tensor} of what training changes: what modules of the classes `kinds` add to their base layers,
+    what else requires a gradient, and buffers (BatchNorm's statistics) of modules trained as a whole."""
+    own = set()
+    for module in model.modules():
+        if isinstance(module, kinds):  # all of it but the base layer
+            own |= {tensor for name, tensor in module.named_parameters() if not name.startswith(("linear.", "base."))}
+    if not own:
+        raise ValueError("nothing was added to the model. The order is: load the base model, add_lora or add_adapters, "
+                         "train or load a state, take the state, merge or remove")
+    own |= {parameter for parameter in model.parameters() if parameter.requires_grad}
     for module in model.modules():
         parameters = set(module.parameters())
         if parameters and parameters <= own:
@@ -195,24 +195,6 @@ def trained_tensors(model, own):
         if tensor.is_floating_point() and not plain([tensor]):
             raise ValueError(f"{name} is not in memory, or it is sharded: load or gather the model first")
     return tensors
-
-
-def load(tensors, state):
-    """Copy `state` into `tensors`, both {name: tensor}. Raise ValueError, and copy none, if names or shapes differ."""
-    ours = {f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
-    given = {f"{name} {tuple(tensor.shape)}" for name, tensor in state.items()}
-    if ours != given:
-        raise ValueError(f"missing: {', '.join(sorted(ours - given))}; unexpected: {', '.join(sorted(given - ours))}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(state[name])
-
-
-def is_linear(module):
-    """Recognise nn.Linear, but not its subclass in nn.MultiheadAttention, whose weight is read and which is never
-    called; and transformers' Conv1D (GPT-2), whose weight is (in, out)."""
-    read = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return isinstance(module, nn.Linear) and not read or type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 # -- adapters in a model ----------------------------------------------------------------------------------
@@ -230,9 +212,9 @@ def add_adapters(model, targets=("attention.output", "feed_forward.output"), bot
     train a copy of every normalisation layer in `norms`.
 
     The defaults are the paper's placement on the encoder of bert.py: one adapter at the end of each of a block's two
-    sub-layers, before the residual sum. The authors train the norm of the embeddings too, "embeddings.norm". Names
-    match by dotted suffix. Return the names of what was wrapped; a module with several names gets one wrapper. Raise
-    ValueError, and change nothing, if a name does not match, nothing is named, or the model has LoRA or adapters.
+    sub-layers, before the residual sum. The authors train the norm of the embeddings too, "embeddings.norm". Return the
+    names of what was wrapped; a module with several names gets one wrapper. Raise ValueError, and change nothing, where
+    matching does or if nothing is named.
     """
     wrappers = {layer: AdapterLinear(layer, bottleneck, init_std) for layer in matching(model, targets, is_linear)}
     wrappers |= {norm: TrainedNorm(norm) for norm in matching(model, norms, is_norm)}
@@ -249,21 +231,20 @@ def remove_adapters(model):
     return swap(model, bases)
 
 
-def adapter_parameters(model):
-    """Return {name: tensor}: adapters, trained norms, and what else was trained, such as a head, with their buffers."""
-    own = [module for module in model.modules() if isinstance(module, Adapter)]
-    own += [module.trained for module in model.modules() if isinstance(module, TrainedNorm)]
-    if not own:
-        raise ValueError("the model has no adapters. The order is: load the base model, add_adapters, train (or "
-                         "load_adapters), adapter_state")
-    return trained_tensors(model, set(nn.ModuleList(own).parameters()))
-
-
 def adapter_state(model):
-    """Return a copy of what was trained, {name: tensor}: see adapter_parameters."""
-    return {name: tensor.detach().clone() for name, tensor in adapter_parameters(model).items()}
+    """Return a copy of adapters, trained norms and what else was trained, such as a head in `train`: {name: tensor}."""
+    tensors = trained_tensors(model, (AdapterLinear, TrainedNorm))
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
+@torch.no_grad()
 def load_adapters(model, state):
-    """Load the result of `adapter_state` into a model after the same `add_adapters`. All or nothing: see `load`."""
-    load(adapter_parameters(model), state)
+    """Load the result of `adapter_state` into a model after the same `add_adapters`. Raise ValueError, and change
+    nothing, if names or shapes differ."""
+    tensors = trained_tensors(model, (AdapterLinear, TrainedNorm))
+    ours = {f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
+    given = {f"{name} {tuple(tensor.shape)}" for name, tensor in state.items()}
+    if ours != given:
+        raise ValueError(f"missing: {', '.join(sorted(ours - given))}; unexpected: {', '.join(sorted(given - ours))}")
+    for name, tensor in tensors.items():
+        tensor.copy_(state[name])

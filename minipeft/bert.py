@@ -109,9 +109,9 @@ class Embeddings(nn.Module):
 
     def forward(self, input_ids):
         """(B, T) token ids -> (B, T, hidden)"""
-        length, longest = input_ids.shape[1], self.position.num_embeddings
-        if length > longest:
-            raise ValueError(f"{length} tokens, but the encoder has only {longest} positions")
+        length = input_ids.shape[1]
+        if length > self.position.num_embeddings:
+            raise ValueError(f"{length} tokens, but the encoder has only {self.position.num_embeddings} positions")
         x = self.word(input_ids) + self.position.weight[:length] + self.token_type.weight[0]
         return self.dropout(self.norm(x))
 
@@ -161,8 +161,6 @@ NOT_THE_ENCODER = ("pooler.", "cls.", "classifier.", "qa_outputs.", "embeddings.
 IMPLEMENTED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
                "is_decoder": False, "add_cross_attention": False}
 WORDS = "embeddings.word_embeddings.weight"
-OTHER_FORMS = {"model.safetensors.index.json": "weights in several files", "pytorch_model.bin": "pickled weights",
-               "pytorch_model.bin.index.json": "pickled weights"}
 
 
 def hugging_face_name(name):
@@ -182,8 +180,7 @@ def read_config(folder):
         for field in fields(config):
             value, least = getattr(config, field.name), 1 if field.type is int else 0
             if type(value) not in (int, field.type) or not least <= value <= 10**9:
-                shown = repr(value) if field.name in given else "missing"
-                wrong.append(f"{field.name} is {shown}, not a positive {field.type.__name__}")
+                wrong.append(f"{field.name} is {given.get(field.name)!r}, not a positive {field.type.__name__}")
     if not wrong and config.hidden_size % config.num_attention_heads:
         wrong.append("hidden_size is not a multiple of num_attention_heads")
     if wrong:
@@ -191,31 +188,26 @@ def read_config(folder):
     return config
 
 
-def read_tensors(path):
-    """Read {Hugging Face's name: tensor} from model.safetensors, without the prefix `bert.` and with LayerNorms called
-    gamma and beta renamed. UserError if it holds no BERT, or for other forms of weights; it names what is there."""
+def read_tensors(folder):
+    """Read {Hugging Face's name: tensor} from model.safetensors, without a prefix such as `bert.`, and with LayerNorms
+    called gamma and beta renamed. UserError if it is missing or holds no BERT."""
+    path = Path(folder) / "model.safetensors"
     if not path.is_file():
-        for other, form in OTHER_FORMS.items():
-            if path.with_name(other).is_file():
-                raise UserError(f"{path.with_name(other)}: {form} are not read; weights/README.md says how to convert "
-                                "them")
-        raise UserError(f"{path} is missing: a folder of weights has config.json, model.safetensors and tokenizer.json")
-    tensors = {}
-    for name, tensor in read_safetensors(path)[0].items():
-        tensors[name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")] = tensor
-    if WORDS not in tensors:
-        prefix = next((name.removesuffix(WORDS) for name in tensors if name.endswith(WORDS)), None)
-        raise UserError(f"{path} holds no BERT: {WORDS} is not among its {len(tensors)} tensors" if prefix is None else
-                        f"{path}: the names start with {prefix!r}; save the state_dict of the model inside "
-                        "(torch.compile adds _orig_mod., DataParallel adds module.)")
-    return tensors
+        raise UserError(f"{path} is missing; weights/README.md says how to convert weights that are pickled "
+                        "(pytorch_model.bin) or in several files (model.safetensors.index.json)")
+    tensors, _ = read_safetensors(path)
+    prefixes = [name.removesuffix(WORDS) for name in tensors if name.endswith(WORDS)]
+    if not prefixes:
+        raise UserError(f"{path} holds no BERT: {WORDS} is not among its {len(tensors)} tensors")
+    return {name.removeprefix(prefixes[0]).replace(".gamma", ".weight").replace(".beta", ".bias"): tensor
+            for name, tensor in tensors.items()}
 
 
-def fill(module, path, tensors, theirs):
+def fill(module, folder, tensors, theirs):
     """Give a module without memory, on the meta device, its tensors in fp32. `theirs` maps our names to the names in
     `tensors`. Raises UserError as check_tensors."""
     expected = module.state_dict()
-    check_tensors(path, tensors, {theirs(name): tensor for name, tensor in expected.items()})
+    check_tensors(Path(folder) / "model.safetensors", tensors, {theirs(name): expected[name] for name in expected})
     module.load_state_dict({name: tensors[theirs(name)].float() for name in expected}, assign=True)
     return module.eval()
 
@@ -223,28 +215,27 @@ def fill(module, path, tensors, theirs):
 def load_bert(folder, dropout=0.0):
     """Build the encoder that `config.json` describes and load `model.safetensors`, in fp32 and eval mode.
 
-    Accepts names with or without the prefix `bert.` and LayerNorms called gamma and beta; skips the pooler and heads
-    of other tasks. `dropout` replaces both rates of the config. All or nothing: raises a UserError that lists what is
-    missing, unexpected, misshaped or not implemented. Nothing takes memory before it is known to fit the file.
+    Skips the pooler and heads of other tasks. `dropout` replaces both rates of the config. All or nothing: raises a
+    UserError that lists what is missing, unexpected, misshaped or not implemented. Nothing takes memory before it is
+    known to fit the file.
     """
-    path, config = Path(folder) / "model.safetensors", read_config(folder)
+    config = read_config(folder)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    tensors = {name: tensor for name, tensor in read_tensors(path).items() if not name.startswith(NOT_THE_ENCODER)}
+    tensors = {name: tensor for name, tensor in read_tensors(folder).items() if not name.startswith(NOT_THE_ENCODER)}
     layers = len({name.split(".")[2] for name in tensors if name.startswith("encoder.layer.")})
     if layers != config.num_hidden_layers:
-        raise UserError(f"{path} has {layers} layers, and config.json says num_hidden_layers = "
-                        f"{config.num_hidden_layers}: they do not belong together")
+        raise UserError(f"{folder}: model.safetensors has {layers} layers, but config.json says num_hidden_layers = "
+                        f"{config.num_hidden_layers}")
     with torch.device("meta"):
         encoder = Bert(config)
-    return fill(encoder, path, tensors, hugging_face_name)
+    return fill(encoder, folder, tensors, hugging_face_name)
 
 
 def load_pooler(folder):
     """Return the checkpoint's pooler as an nn.Linear in fp32, or None if it has none. The pooler is a dense layer over
     the vector of [CLS], the special first token; a classification head may start from it (head.py)."""
-    path = Path(folder) / "model.safetensors"
-    tensors = {name: tensor for name, tensor in read_tensors(path).items() if name.startswith("pooler.")}
+    tensors = {name: tensor for name, tensor in read_tensors(folder).items() if name.startswith("pooler.")}
+    if not tensors:
+        return None
     hidden = read_config(folder).hidden_size
-    with torch.device("meta"):
-        pooler = nn.Linear(hidden, hidden)
-    return fill(pooler, path, tensors, "pooler.dense.{}".format) if tensors else None
+    return fill(nn.Linear(hidden, hidden, device="meta"), folder, tensors, "pooler.dense.{}".format)

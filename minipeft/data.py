@@ -89,8 +89,12 @@ def load_tokenizer(folder, max_length, vocab_size=None):
 
 def tokenize(tokenizer, texts):
     """Return the token ids of each text as int32 arrays, and how many texts were cut."""
-    encodings = tokenizer.encode_batch_fast(texts)
-    return [np.array(encoding.ids, np.int32) for encoding in encodings], sum(bool(e.overflowing) for e in encodings)
+    sentences, cut = [], 0
+    for start in range(0, len(texts), 1000):  # in parts, since the library's own result is large
+        for encoding in tokenizer.encode_batch_fast(texts[start:start + 1000]):
+            sentences.append(np.array(encoding.ids, np.int32))
+            cut += bool(encoding.overflowing)
+    return sentences, cut
 
 
 def split(corpus, fold=0):
@@ -116,20 +120,20 @@ def limit(corpus, train_set, dev_set, most=None, seed=0):
     """Return (train, dev) with at most `most` training sentences and no more dev sentences than training sentences,
     or ENOUGH if that is more.
 
-    The seed draws the training sentences. If a class were missing, the draw is stratified: the first sentence of each
-    class, then each class in proportion. Dev keeps the lowest hashes, whatever the seed. UserError if `most` is less
-    than the number of classes.
+    The seed draws the training sentences. If a class were missing, the draw is stratified: each class in proportion,
+    and at least one sentence. Dev keeps the lowest hashes, whatever the seed. UserError if `most` is less than the
+    number of classes.
     """
     if most:
+        if most < len(corpus.classes):
+            raise UserError(f"--limit {most} is less than the {len(corpus.classes)} classes; take more")
         drawn = np.random.default_rng(seed).permutation(train_set)
         labels = corpus.labels[drawn]
         if len(np.unique(labels[:most])) < len(corpus.classes):
-            if most < len(corpus.classes):
-                raise UserError(f"--limit {most} is less than the {len(corpus.classes)} classes; take more")
             place = np.zeros(len(drawn))  # in its class, from 0 to 1
             for label in range(len(corpus.classes)):
-                own = np.flatnonzero(labels == label)
-                place[own] = np.arange(len(own)) / len(own)
+                own = labels == label
+                place[own] = np.arange(own.sum()) / own.sum()
             drawn = drawn[np.argsort(place, kind="stable")]
         train_set = np.sort(drawn[:most])
     enough = max(len(train_set), ENOUGH)

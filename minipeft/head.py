@@ -74,68 +74,43 @@ class Classifier(nn.Module):
             return self.head(features)
 
 
-# -- freezing, safe on anyone's model: repeated in adapter.py and lora.py, so that each can be copied alone ---
+# -- freezing, safe on anyone's model ----------------------------------------------------------------------
 
-def plain(tensors):
-    """Check that there are tensors, with floating-point values in memory: none is sharded, quantised or offloaded."""
-    counting = torch.get_default_device().type == "meta"  # inside `with torch.device("meta")`: shapes are enough
-    return bool(tensors) and all(
-        type(tensor) in (torch.Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.element_size() > 1
-        and tensor.numel() > 0 and (counting or not tensor.is_meta) for tensor in tensors)
-
-
-def named(model, target):
-    """Return {name: module}: the modules called `target` or ending in "." + `target`; shared ones under each name."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if name and f".{name}".endswith(f".{target}")}
-
-
-def matching(model, targets, fits=lambda module: True):
-    """Return the modules that `targets` name by dotted suffix, each once. Raise ValueError, with the names that could
-    match, if a target matches nothing or a module that does not fit; also if `model` cannot be changed any more."""
-    fitting, wrong, found = set(), {}, []
-    for name, module in model.named_modules(remove_duplicate=False):
-        kind = module._get_name()  # a second technique would freeze the first; DDP would not synchronise what is added
-        if hasattr(type(module), "way_out") or kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
-            way_out = getattr(type(module), "way_out", "apply the technique")
-            raise ValueError(f"{name or 'the model'} is a {kind} already: {way_out} first")
-        if not fits(module):
-            wrong[name] = f"{name} is a {kind}"
-        elif not plain([*module.parameters()]):
-            wrong[name] = f"{name} is a {kind} without plain weights in memory (quantised, sharded, offloaded?)"
-        elif name:
-            fitting.add(name.rpartition(".")[2])
-    for target in [targets] if isinstance(targets, str) else targets:
-        matches = named(model, target)
-        problems = [wrong[name] for name in matches if name in wrong]
-        if problems or not matches:
-            raise ValueError(f"target {target!r}: {'; '.join(problems[:3]) or 'matches nothing'}. "
-                             f"Modules that fit end in: {', '.join(sorted(fitting))}")
-        found += matches.values()
-    return list(dict.fromkeys(found))
+TAKEN = ("LoRALinear", "AdapterLinear", "TrainedNorm", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
 def freeze(model, train=(), stacklevel=2):
     """Freeze `model` in place, except the modules that `train` names by dotted suffix. Raise ValueError, and change
-    nothing, where matching does. Warn if a module called `classifier` or `score` is frozen: a new one stays random."""
-    kept, total = matching(model, train), len(list(model.parameters()))
-    model.requires_grad_(False)
-    for module in kept:
-        module.requires_grad_(True)
-    for name, head in (named(model, "classifier") | named(model, "score")).items():
-        if not all(parameter.requires_grad for parameter in head.parameters()):
-            outer = name.rpartition(".")[0]
-            while outer and len(list(model.get_submodule(outer).parameters())) < total / 2:  # without the encoder
-                name, outer = outer, outer.rpartition(".")[0]
-            warnings.warn(f"{name} is frozen; if it is a new head, pass train=({name!r},)", stacklevel=stacklevel)
+    nothing, if a name matches nothing, or for LoRA and adapters, which would be frozen, and distributed models. Warn if
+    a module called `classifier` or `score` is frozen: a new one stays random."""
+    modules, kept = dict(model.named_modules(remove_duplicate=False)), set()
+    for name, module in modules.items():
+        kind = module._get_name()
+        if kind.endswith(TAKEN):
+            raise ValueError(f"{name or 'the model'} is a {kind} already: call merge_lora, remove_lora or "
+                             "remove_adapters first; apply a technique before DistributedDataParallel")
+    for target in [train] if isinstance(train, str) else train:
+        matches = [module for name, module in modules.items() if name and f".{name}".endswith(f".{target}")]
+        if not matches:
+            endings = ", ".join(sorted({name.rpartition(".")[2] for name in modules if name}))
+            raise ValueError(f"target {target!r}: matches nothing. Modules end in: {endings}")
+        for module in matches:
+            kept |= set(module.parameters())
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in kept)
+    for name, module in modules.items():
+        frozen = not all(parameter.requires_grad for parameter in module.parameters())
+        if frozen and name.rpartition(".")[2] in ("classifier", "score"):
+            warnings.warn(f"{name} is frozen; if it is a new head, pass train=({name.partition('.')[0]!r},)",
+                          stacklevel=stacklevel)
 
 
 def train_biases(model, train=()):
     """Freeze `model` except its biases and the modules that `train` names: BitFit (Ben Zaken et al. 2021, arXiv
-    2106.10199). Biases keep their dtype. Return their names. Raise ValueError if there are none in memory."""
+    2106.10199). Biases keep their dtype. Return their names. Raise ValueError if there are none."""
     biases = {name: parameter for name, parameter in model.named_parameters() if name.endswith("bias")}
-    if not plain([*biases.values()]):
-        raise ValueError("the model has no biases to train, or they are not in memory, quantised or sharded")
+    if not biases:
+        raise ValueError("the model has no biases to train")
     freeze(model, train, stacklevel=3)
     for bias in biases.values():
         bias.requires_grad_(True)

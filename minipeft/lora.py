@@ -21,7 +21,6 @@ class LoRALinear(nn.Module):
     base layer. rslora: scaling = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732). Dropout acts on the input
     of A only. Raises ValueError for a rank below 1.
     """
-    way_out = "call merge_lora or remove_lora"  # for matching, below
 
     def __init__(self, linear, rank=8, alpha=16, dropout=0.0, rslora=False):
         super().__init__()
@@ -37,7 +36,7 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.train(linear.training)
 
-    def forward(self, input):  # x has the name that nn.Linear gives it
+    def forward(self, input):  # nn.Linear's own name, for code that calls layer(input=x)
         """(..., in_features) -> (..., out_features), in the dtype of the base layer's output"""
         h = self.linear(input)
         low_rank = F.linear(self.dropout(input.to(self.lora_A.dtype)), self.lora_A)  # (..., rank)
@@ -51,68 +50,61 @@ class LoRALinear(nn.Module):
         return (self.linear.weight + (update.T if self.transposed else update)).to(self.linear.weight.dtype)
 
     def __getattr__(self, name):  # bias, in_features and the like, for code that reads them, are the base layer's
-        try:
+        if name.startswith("_") or name in self._parameters or name in self._modules:
             return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_"):  # what a library keeps about the base layer, such as accelerate's hook
-                raise
-            return getattr(super().__getattr__("linear"), name)
+        return getattr(super().__getattr__("linear"), name)
 
 
 # -- what makes it safe on anyone's model: repeated in adapter.py, so that each file can be copied alone ---
 
+# What was added would be frozen by a second technique, and not synchronised by the last two.
+TAKEN = ("LoRALinear", "AdapterLinear", "TrainedNorm", "DistributedDataParallel", "FullyShardedDataParallel")
+
+
 def plain(tensors):
-    """Check that there are tensors, with floating-point values in memory: none is sharded, quantised or offloaded."""
+    """Check that there are tensors, with floating-point values in memory: none is quantised, sharded or offloaded."""
     counting = torch.get_default_device().type == "meta"  # inside `with torch.device("meta")`: shapes are enough
+    floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     return bool(tensors) and all(
-        type(tensor) in (torch.Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.element_size() > 1
-        and tensor.numel() > 0 and (counting or not tensor.is_meta) for tensor in tensors)
-
-
-def named(model, target):
-    """Return {name: module}: the modules called `target` or ending in "." + `target`; shared ones under each name."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if name and f".{name}".endswith(f".{target}")}
+        type(tensor) in (torch.Tensor, nn.Parameter) and tensor.dtype in floats and tensor.numel() > 0
+        and (counting or not tensor.is_meta) for tensor in tensors)
 
 
 def matching(model, targets, fits=lambda module: True):
     """Return the modules that `targets` name by dotted suffix, each once. Raise ValueError, with the names that could
-    match, if a target matches nothing or a module that does not fit; also if `model` cannot be changed any more."""
-    fitting, wrong, found = set(), {}, []
-    for name, module in model.named_modules(remove_duplicate=False):
-        kind = module._get_name()  # a second technique would freeze the first; DDP would not synchronise what is added
-        if hasattr(type(module), "way_out") or kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
-            way_out = getattr(type(module), "way_out", "apply the technique")
-            raise ValueError(f"{name or 'the model'} is a {kind} already: {way_out} first")
-        if not fits(module):
-            wrong[name] = f"{name} is a {kind}"
-        elif not plain([*module.parameters()]):
-            wrong[name] = f"{name} is a {kind} without plain weights in memory (quantised, sharded, offloaded?)"
-        elif name:
-            fitting.add(name.rpartition(".")[2])
+    match, if a target matches nothing or a module that does not fit; also if `model` has a technique already."""
+    modules, fitting, found = dict(model.named_modules(remove_duplicate=False)), {}, []
+    for name, module in modules.items():
+        kind = module._get_name()
+        if kind.endswith(TAKEN):
+            raise ValueError(f"{name or 'the model'} is a {kind} already: call merge_lora, remove_lora or "
+                             "remove_adapters first; apply a technique before DistributedDataParallel")
+        if name and fits(module) and plain(list(module.parameters())):
+            fitting[name] = module
     for target in [targets] if isinstance(targets, str) else targets:
-        matches = named(model, target)
-        problems = [wrong[name] for name in matches if name in wrong]
-        if problems or not matches:
-            raise ValueError(f"target {target!r}: {'; '.join(problems[:3]) or 'matches nothing'}. "
-                             f"Modules that fit end in: {', '.join(sorted(fitting))}")
-        found += matches.values()
+        matches = [name for name in modules if name and f".{name}".endswith(f".{target}")]
+        wrong = [f"{name} is a {modules[name]._get_name()}, the wrong type, or quantised, sharded or offloaded"
+                 for name in matches if name not in fitting]
+        if wrong or not matches:
+            endings = ", ".join(sorted({name.rpartition(".")[2] for name in fitting}))
+            raise ValueError(f"target {target!r}: {wrong[0] if wrong else 'matches nothing'}. "
+                             f"Modules that fit end in: {endings}")
+        found += [fitting[name] for name in matches]
     return list(dict.fromkeys(found))
 
 
 def freeze(model, train=(), stacklevel=2):
     """Freeze `model` in place, except the modules that `train` names by dotted suffix. Raise ValueError, and change
     nothing, where matching does. Warn if a module called `classifier` or `score` is frozen: a new one stays random."""
-    kept, total = matching(model, train), len(list(model.parameters()))
+    kept = matching(model, train)
     model.requires_grad_(False)
     for module in kept:
         module.requires_grad_(True)
-    for name, head in (named(model, "classifier") | named(model, "score")).items():
-        if not all(parameter.requires_grad for parameter in head.parameters()):
-            outer = name.rpartition(".")[0]
-            while outer and len(list(model.get_submodule(outer).parameters())) < total / 2:  # without the encoder
-                name, outer = outer, outer.rpartition(".")[0]
-            warnings.warn(f"{name} is frozen; if it is a new head, pass train=({name!r},)", stacklevel=stacklevel)
+    for name, module in model.named_modules():
+        frozen = not all(parameter.requires_grad for parameter in module.parameters())
+        if frozen and name.rpartition(".")[2] in ("classifier", "score"):
+            warnings.warn(f"{name} is frozen; if it is a new head, pass train=({name.partition('.')[0]!r},)",
+                          stacklevel=stacklevel)
 
 
 def swap(model, replacements):
@@ -131,10 +123,17 @@ def is_linear(module):
     return isinstance(module, nn.Linear) and not read or type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def trained_tensors(model, own):
-    """Return {name: tensor} of what training changes: the tensors `own`, what else requires a gradient, and buffers
-    (BatchNorm's statistics) of modules trained as a whole. Raise ValueError for one that is not a tensor in memory."""
-    own = own | {parameter for parameter in model.parameters() if parameter.requires_grad}
+def trained_tensors(model, kinds):
+    """Return {name: tensor} of what training changes: what modules of the classes `kinds` add to their base layers,
+    what else requires a gradient, and buffers (BatchNorm's statistics) of modules trained as a whole."""
+    own = set()
+    for module in model.modules():
+        if isinstance(module, kinds):  # all of it but the base layer
+            own |= {tensor for name, tensor in module.named_parameters() if not name.startswith(("linear.", "base."))}
+    if not own:
+        raise ValueError("nothing was added to the model. The order is: load the base model, add_lora or add_adapters, "
+                         "train or load a state, take the state, merge or remove")
+    own |= {parameter for parameter in model.parameters() if parameter.requires_grad}
     for module in model.modules():
         parameters = set(module.parameters())
         if parameters and parameters <= own:
@@ -147,26 +146,15 @@ def trained_tensors(model, own):
     return tensors
 
 
-def load(tensors, state):
-    """Copy `state` into `tensors`, both {name: tensor}. Raise ValueError, and copy none, if names or shapes differ."""
-    ours = {f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
-    given = {f"{name} {tuple(tensor.shape)}" for name, tensor in state.items()}
-    if ours != given:
-        raise ValueError(f"missing: {', '.join(sorted(ours - given))}; unexpected: {', '.join(sorted(given - ours))}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(state[name])
-
-
 # -- LoRA in a model --------------------------------------------------------------------------------------
 
 def add_lora(model, targets=("query", "key", "value", "attention.output", "intermediate", "feed_forward.output"),
              rank=8, alpha=16, dropout=0.0, rslora=False, train=()):
     """Freeze `model`, except the modules that `train` names, and wrap every linear layer in `targets` in a LoRALinear.
 
-    The default is every linear layer of the blocks in bert.py; the paper's choice is ("query", "value"). Names match
-    by dotted suffix. Return the names of the wrapped layers; a layer with several names gets one wrapper. Raise
-    ValueError, and change nothing, if a name does not match, no layer is named, or the model has LoRA or adapters.
+    The default is every linear layer of the blocks in bert.py; the paper's choice is ("query", "value"). Return the
+    names of the wrapped layers; a layer with several names gets one wrapper. Raise ValueError, and change nothing,
+    where matching does or if no layer is named.
     """
     wrappers = {layer: LoRALinear(layer, rank, alpha, dropout, rslora) for layer in matching(model, targets, is_linear)}
     if not wrappers:
@@ -185,39 +173,39 @@ def merge_lora(model):
     """Add every update to its weight and put plain layers back under their old names. Return the names.
 
     A second call is a no-op. Each merged weight is a new parameter: an embedding tied to the old one keeps its values.
-    Raise ValueError, and change nothing, for a layer that computes more than W x + b (a subclass, a parametrisation, a
-    hook) or is not in memory, and if `model` is itself a LoRALinear.
+    Raise ValueError, and change nothing, for a base layer that computes more than W x + b (a subclass, a
+    parametrisation, a hook) or is not in memory.
     """
     merged = {}
-    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    for name, module in wrappers.items():
-        linear = module.linear
-        replaced = getattr(linear.forward, "__func__", None) is not type(linear).forward  # by accelerate, for example
-        ordinary = (type(linear) is nn.Linear or module.transposed) and plain([*module.parameters()])
-        if replaced or not ordinary or linear._forward_hooks or linear._forward_pre_hooks or not name:
-            raise ValueError(f"cannot merge into {name or 'the model itself'} ({linear._get_name()}): it is not just "
-                             "W x + b, in memory, without hooks, inside a model")
-        with torch.autocast(linear.weight.device.type, enabled=False):
-            merged[linear] = nn.Parameter(module.weight, requires_grad=linear.weight.requires_grad)
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            linear = module.linear
+            more = (linear._forward_hooks or linear._forward_pre_hooks
+                    or getattr(linear.forward, "__func__", None) is not type(linear).forward)  # set by accelerate
+            ordinary = type(linear) is nn.Linear or module.transposed
+            if more or not ordinary or not plain(list(module.parameters())) or not name:
+                raise ValueError(f"cannot merge into {name or 'the model itself'} ({linear._get_name()}): it is not "
+                                 "just W x + b, in memory, without hooks, inside a model")
+            with torch.autocast(linear.weight.device.type, enabled=False):
+                merged[linear] = nn.Parameter(module.weight, requires_grad=linear.weight.requires_grad)
     for linear, weight in merged.items():  # after the last computation: if that fails, nothing is changed
         linear.weight = weight
     return remove_lora(model)  # the base layers, which now hold the merged weights
 
 
-def lora_parameters(model):
-    """Return {name: tensor}: every A and B, and what else was trained, such as a head in `train`, with its buffers."""
-    own = {parameter for name, parameter in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
-    if not own:
-        raise ValueError("the model has no LoRA. The order is: load the base model, add_lora, train, lora_state, "
-                         "merge_lora; or add_lora, load_lora")
-    return trained_tensors(model, own)
-
-
 def lora_state(model):
-    """Return a copy of what was trained, {name: tensor}: see lora_parameters."""
-    return {name: tensor.detach().clone() for name, tensor in lora_parameters(model).items()}
+    """Return a copy of every A and B, and of what else was trained, such as a head in `train`: {name: tensor}."""
+    return {name: tensor.detach().clone() for name, tensor in trained_tensors(model, LoRALinear).items()}
 
 
+@torch.no_grad()
 def load_lora(model, state):
-    """Load the result of `lora_state` into a model after the same `add_lora`. All or nothing: see `load`."""
-    load(lora_parameters(model), state)
+    """Load the result of `lora_state` into a model after the same `add_lora`. Raise ValueError, and change nothing, if
+    names or shapes differ."""
+    tensors = trained_tensors(model, LoRALinear)
+    ours = {f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
+    given = {f"{name} {tuple(tensor.shape)}" for name, tensor in state.items()}
+    if ours != given:
+        raise ValueError(f"missing: {', '.join(sorted(ours - given))}; unexpected: {', '.join(sorted(given - ours))}")
+    for name, tensor in tensors.items():
+        tensor.copy_(state[name])

@@ -1,4 +1,5 @@
 """Build a classifier from settings (encoder + technique + head), describe what it trains, predict."""
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,15 +63,14 @@ def describe(model):
     """Return a line for each kind of trained tensor: its name, shape, and number of parameters."""
     groups = {}
     for name, parameter in trained(model).items():
-        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        groups.setdefault((kind, " x ".join(map(str, parameter.shape))), []).append(parameter.numel())
-    title = "trained tensor (* = each layer)"
-    width = 2 + max(map(len, [title, *(kind for kind, _ in groups)]))
-    lines = [f"{title:<{width}}{'shape':<14}count"]
+        kind, shape = re.sub(r"\.\d+\.", ".*.", name), " x ".join(map(str, parameter.shape))
+        groups.setdefault((kind, shape), []).append(parameter.numel())
+    rows = [("trained tensor (* = each layer)", "shape", "count")]
     for (kind, shape), sizes in groups.items():
         total = f"{sizes[0]:,}" if len(sizes) == 1 else f"{len(sizes)} x {sizes[0]:,} = {sum(sizes):,}"
-        lines.append(f"{kind:<{width}}{shape:<14}{total}")
-    return lines
+        rows.append((kind, shape, total))
+    width = max(len(kind) for kind, _, _ in rows)
+    return [f"{kind:<{width}}  {shape:<12}  {total}" for kind, shape, total in rows]
 
 
 @dataclass(frozen=True)

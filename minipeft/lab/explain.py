@@ -206,7 +206,7 @@ def memory_step(number, lesson, technique):
     sizes = [("memory in MB", "weights", "gradients", "optimiser", "activations", "sum")]
     products = [(), ("linear layers, GFLOP", "y = W x", "dx = W^T dy", "dW = dy x^T", "sum")]
     for name in dict.fromkeys((technique, "full")):
-        found, label = memory(name, lesson.weights)["measured"], TECHNIQUES[name].label
+        found, label = memory(name, lesson.weights), TECHNIQUES[name].label
         row = [found[part] / 1e6 for part in ("weights", "gradients", "optimiser_states", "activations")]
         sizes.append([label, *(f"{size:.1f}" for size in (*row, sum(row)))])
         row = [flop / 1e9 for flop in found["rule_flop"].values()]

@@ -1,8 +1,8 @@
 """Draw how the techniques work, from the shapes of a real model: python -m minipeft.lab.figures
 
-Writes to results/figures: all techniques in one block and the adapter's part of it, LoRA's matrices, the share of the
-parameters that each technique trains, and ten training steps as an animation. All but the animation need shapes only:
-the model is built on the meta device. Coordinates are pixels of a README, 830 wide; the files have more.
+Writes to results/figures: all techniques in one block and the adapter's part of it, LoRA's matrices, and the share of
+the parameters that each technique trains. Only shapes are needed: the model is built on the meta device. Coordinates
+are pixels of a README, 830 wide; the files have more.
 """
 import sys
 from argparse import Namespace
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from matplotlib import rc_context
-from matplotlib.animation import PillowWriter
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Polygon, Rectangle
@@ -20,10 +19,9 @@ from ..bert import Bert, read_config
 from ..head import Classifier, freeze
 from ..model import APPLY, count_parameters
 from ..tools import download
-from ..tools.files import UserError, atomic
+from ..tools.files import atomic, run_program
 from ..tools.settings import Parser, defaults
 from . import plots
-from .explain import Lesson
 
 WIDTH = 830
 INK, EDGE, FROZEN, PLAIN = "#24292f", "#6e7781", "#d8dce1", "#ffffff"
@@ -277,54 +275,6 @@ def shares(config):
     return figure
 
 
-# -- ten training steps -----------------------------------------------------------------------------------
-
-NOTES = ("B is zero, so the output is that of the pretrained model",
-         "only B has moved: the gradient of A contains B, which was zero", "B is no longer zero, so A moves too")
-
-
-def train_ten_steps(weights):
-    """Train LoRA for ten steps on eight sentences. Returns (A, B, loss) before each step and after the last one; A and
-    B are those of the value weight of the top block. weights: a folder, or None for the default model"""
-    lesson = Lesson(weights)
-    model, rows = lesson.build("lora"), []
-    layer = model.encoder.layers[-1].attention.value
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=defaults("lora")["lr"])
-    for _ in range(11):
-        loss = lesson.loss(model)
-        rows.append((layer.lora_A.detach().clone(), layer.lora_B.detach().clone(), loss.item()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return rows
-
-
-def animate(rows, path, shown=48):
-    """Write the steps as a GIF: B leaves zero, then A moves, and the loss falls. shown: columns of A, rows of B."""
-    figure = Figure((WIDTH / 100, 4.6), dpi=100, facecolor="#fbfcfd", layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
-    axes, losses = figure.subplots(3, 1, height_ratios=(1, 1, 1.6)), [loss for _, _, loss in rows]
-    start, end = rows[0][0], rows[-1][1]
-    scale = end.abs().max().item() / 2  # colours reach their end before the last step: the first one shows
-    writer = PillowWriter(fps=0.8)
-    with writer.saving(figure, path, 100):
-        for step, (a, b, _) in enumerate(rows):
-            figure.suptitle(f"step {step}: {NOTES[min(step, 2)]}", size=11.5, weight="bold", color=INK)
-            for axis, name, matrix in ((axes[0], f"$B$, {shown} of its {len(end)} rows, transposed", b.T),
-                                       (axes[1], f"$A$ minus its start, {shown} of its {len(start.T)} columns",
-                                        a - start)):
-                axis.clear()
-                axis.imshow(matrix[:, :shown].numpy(), cmap="PuOr_r", vmin=-scale, vmax=scale, aspect="auto")
-                axis.set_title(f"{name}: largest entry {matrix.abs().max():.4f}", size=9.5, loc="left", color=INK)
-                axis.set(xticks=(), yticks=())
-            axes[2].clear()
-            axes[2].plot(losses[:step + 1], "o-", color=LORA)
-            axes[2].set(xlim=(-0.3, len(rows) - 0.7), ylim=(0, 1.1 * max(losses)), xticks=range(len(rows)),
-                        xlabel="step", ylabel="loss")
-            axes[2].spines[["top", "right"]].set_visible(False)
-            writer.grab_frame()
-
-
 # -- main -------------------------------------------------------------------------------------------------
 
 FIGURES = {"mechanism.png": mechanism, "adapter.png": adapter_sub_layer, "lora.png": lora_matrices,
@@ -332,25 +282,17 @@ FIGURES = {"mechanism.png": mechanism, "adapter.png": adapter_sub_layer, "lora.p
 
 
 def main(arguments=None):
-    """Write all figures. Returns the exit code."""
+    """Write all figures."""
     parser = Parser(prog="python -m minipeft.lab.figures", description="Draw the techniques with a model's shapes.")
     parser.add_argument("--weights", metavar="FOLDER", help="the model, by its weights (default: all-MiniLM-L6-v2)")
     parser.add_argument("--out", metavar="FOLDER", default="results/figures",
                         help="where to write (default: results/figures)")
     options = parser.parse_args(arguments)
-    try:
-        weights, out = download.find_weights(options.weights), Path(options.out)
-        config = read_config(weights)
-        for name, draw in FIGURES.items():
-            with rc_context({"hatch.linewidth": 1.2}), atomic(out / name) as temporary:
-                draw(config).savefig(temporary, dpi=150, format="png")
-        with atomic(out / "steps.gif") as temporary:
-            animate(train_ten_steps(weights), temporary)
-    except UserError as error:
-        print(f"figures: {error}", file=sys.stderr)
-        return 2
-    return 0
+    config = read_config(download.find_weights(options.weights))
+    for name, draw in FIGURES.items():
+        with rc_context({"hatch.linewidth": 1.2}), atomic(Path(options.out) / name) as temporary:
+            draw(config).savefig(temporary, dpi=150, format="png")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("figures", main))

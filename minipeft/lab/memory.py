@@ -1,4 +1,4 @@
-"""What one training step needs: memory by purpose and matrix products, by formula and measured, for each technique."""
+"""Measure what one training step needs, for each technique: memory by purpose, and matrix products."""
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -6,7 +6,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..lora import LoRALinear
-from ..model import build, count_parameters, trained
+from ..model import build, trained
 from ..tools import settings as options
 
 SENTENCES, TOKENS = 32, 26  # train.py's default batch size, the data's median length
@@ -15,33 +15,6 @@ SENTENCES, TOKENS = 32, 26  # train.py's default batch size, the data's median l
 def make_model(technique, weights, *more):
     """The classifier that `train.py TECHNIQUE` builds for two classes, in training mode. more: further options."""
     return build(options.parse([technique, "--weights", str(weights), *map(str, more)]), 2, weights).train()
-
-
-def activations_by_formula(technique, config, settings, sentences=SENTENCES, tokens=TOKENS):
-    """Bytes of the activations that autograd keeps for the backward pass, in fp32, without padding and encoder dropout.
-
-    Per token and block: query, key, value, context and one log-sum-exp a head (fused attention keeps it instead of its
-    weights); the inputs of two norms with mean and deviation; GELU's input. A weight's gradient needs the input of its
-    layer: the block's input, the first norm's output, GELU's output (the context is there already). For the default
-    targets. None for other techniques.
-    """
-    h, f = config.hidden_size, config.intermediate_size
-    attention = 4 * h + config.num_attention_heads
-    plain, inputs = attention + 2 * (h + 2) + f, 2 * h + f
-    match technique:  # values a token: in each block, and once
-        case "head":
-            block, once = 0, 0
-        case "adapter":  # nothing below the first adapter
-            block, once = plain + 2 * (h + 2 * settings.bottleneck), -attention
-        case "lora":
-            block, once = plain + inputs + 6 * settings.rank, 0
-        case "bitfit":  # the input of the embeddings' norm
-            block, once = plain, h + 2
-        case "full":  # the same, and token ids of 8 bytes
-            block, once = plain + inputs, h + 4
-        case _:
-            return None
-    return 4 * (sentences * tokens * (config.num_hidden_layers * block + once) + 4 * sentences * h)  # last: the head
 
 
 def products_by_rule(model, *batch):
@@ -111,15 +84,7 @@ def measure_step(model, ids):
 
 
 def memory(technique, weights, sentences=SENTENCES, tokens=TOKENS):
-    """A training step of a technique at its defaults: {"formula": bytes by purpose, "measured": see `measure_step`}.
-
-    By formula, fp32: 4 bytes a parameter; 4 a gradient and 8 for AdamW's two moments of each trained parameter.
-    """
-    model, settings = make_model(technique, weights), options.parse([technique])
-    config, counts = model.encoder.config, count_parameters(model)
-    measured = measure_step(model, torch.arange(sentences * tokens).view(sentences, tokens) % config.vocab_size)
-    saved = activations_by_formula(technique, config, settings, sentences, tokens)
-    if saved is None:
-        saved = measured["activations"]
-    return {"formula": {"weights": 4 * counts["total"], "gradients": 4 * counts["trainable"],
-                        "optimiser_states": 8 * counts["trainable"], "activations": saved}, "measured": measured}
+    """What a training step of a technique at its defaults needs, as of `measure_step`."""
+    model = make_model(technique, weights)
+    ids = torch.arange(sentences * tokens).view(sentences, tokens) % model.encoder.config.vocab_size
+    return measure_step(model, ids)

@@ -38,8 +38,8 @@ class Point:
 @dataclass
 class Panel:
     """One pair of axes with a measure against a setting. x: numbers, on a log axis if `log`, or strings (categories).
-    low, high: the part that is shown (None: all); a triangle marks a point beyond it. ringed: points to mark, {name: x}.
-    band: fill between low and high instead of bars. The axis ends where the measure does: accuracy at 0 and 100%."""
+    low, high: the part that is shown (None: all); a triangle marks a point beyond it. ringed: points to mark,
+    {name: x}. band: fill between low and high instead of bars. The axis ends where the measure does: accuracy at 0 and 100%."""
     series: dict
     x_label: str
     y_label: str
@@ -179,7 +179,7 @@ def series(panels, note, path, size=None, sharey=True):
 
 
 def over_epochs(rows, name, scale):
-    """The mean over runs of one column of their histories, as points: their low and high are the smallest and largest."""
+    """The mean over runs of one column of their histories, as points with the smallest and the largest value."""
     epochs = {}
     for row in rows:
         epochs.setdefault(row["epoch"], []).append(scale * row[name])
@@ -215,14 +215,14 @@ def draw_row(axis, row, place, low, high):
             axis.plot(end, place, marker, color=row.colour, markersize=6, clip_on=False)
 
 
-def difference_axis(axis, names):
+def difference_axis(axis, names, ticks=7):
     """Set up an axis for paired differences: the band of equivalence, zero, and a name for each row."""
     axis.axvspan(-1, 1, color=BAND, zorder=0)
     axis.axvline(0, color=INK, linewidth=1)
     axis.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
     axis.grid(visible=False, axis="y")
     axis.tick_params(axis="y", length=0, labelsize=10)
-    axis.locator_params(axis="x", nbins=7)
+    axis.locator_params(axis="x", nbins=ticks)
 
 
 @rc_context(STYLE)
@@ -251,7 +251,7 @@ def sensitivity(panels, kinds, note, path):
     without runs. kinds: {label: colour}. Panels far from zero have a scale of their own."""
     figure, [axes] = figure_in_style(1, len(panels), (11, 4.4), sharey=True)
     for axis, (title, rules) in zip(axes, panels.items()):
-        difference_axis(axis, list(rules))
+        difference_axis(axis, list(rules), 5)
         for place, rows in enumerate(rules.values()):
             if not rows:
                 axis.text(0.5, place, "not run", transform=axis.get_yaxis_transform(), ha="center", va="center",

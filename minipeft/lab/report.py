@@ -12,7 +12,7 @@ from ..tools.files import UserError, read_json, write_text
 from ..tools.settings import TECHNIQUES, common_defaults
 from . import plots, rates, stats
 from .runs import Place, collect, machine, read_place, word
-from .studies import RULES, SEARCHES, STUDIES, Contrast, Study, Variant, label
+from .studies import RULE_NAMES, RULES, SEARCHES, STUDIES, Contrast, Study, Variant, label
 
 ENOUGH = 200  # test sentences, below which a comparison has no verdict
 OPENING = "# Results\n\n`python compare.py --report"  # of every README.md that compare.py writes
@@ -30,8 +30,8 @@ METHOD = """\
 - Two others show what depends on this choice: the plain paired t (variance / k), and sampling variance / k + run
   variance x (1/k + 1/9), as test parts share no sentence and only training sets overlap.
 - With m contrasts in a study, better or worse: the interval at 1 - 0.05/m excludes zero; equivalent within 1 point: the
-  interval at 1 - 0.10/m lies within 1 point of zero; else inconclusive. If accuracy is inconclusive, calibrated loss may
-  say better or worse, and is named. No verdict below {enough} test sentences, or if no two runs differ.
+  interval at 1 - 0.10/m lies within 1 point of zero; else inconclusive. If accuracy is inconclusive, calibrated loss
+  may say better or worse, and is named. No verdict below {enough} test sentences, or if no two runs differ.
 - Two runs are compared only if processor, device and precision agree; costs are averaged on one machine only."""
 LIMITS = """\
 - ± is the standard deviation over runs, not an interval. Failed runs are counted, and left out of means.
@@ -42,7 +42,7 @@ LIMITS = """\
 
 @dataclass
 class Finding:
-    """A contrast as measured: {kind of interval: stats.Comparison} in points of accuracy, and in nats of calibrated loss;
+    """A contrast as measured: {kind of interval: stats.Comparison} in points of accuracy and nats of calibrated loss;
     matthews: the correlation x 100, if the study compares it. Empty if there is no pair of runs. left_out: pairs with a
     failed run, or of two machines."""
     contrast: Contrast
@@ -104,7 +104,7 @@ def measure(study, outcomes, contrast, comparisons=None):
                                          lower_is_better=True, **rule)
         if sum(len(one.accuracy) for one, _ in pairs) < ENOUGH:
             for measured in (found.accuracy, found.loss):
-                measured[kind] = replace(measured[kind], verdict=stats.NO_VERDICT)
+                measured[kind] = replace(measured[kind], verdict=f"{stats.NO_VERDICT} below {ENOUGH} test sentences")
     if study.matthews and over_folds:
         found.matthews = stats.paired([one.numbers["matthews"] - other.numbers["matthews"] for one, other in pairs],
                                       comparisons=m, margin=None)
@@ -122,7 +122,8 @@ def find_results(places):
             outcomes = collect(place, study)
             if outcomes:
                 contrasts = () if place.quick else study.contrasts
-                results.append(Result(name, study, place, outcomes, [measure(study, outcomes, one) for one in contrasts]))
+                findings = [measure(study, outcomes, contrast) for contrast in contrasts]
+                results.append(Result(name, study, place, outcomes, findings))
                 break
     return results
 
@@ -151,8 +152,9 @@ def sensitivity(places):
         for rule in RULES:
             study = replace(main, variants=[Variant(name, name) for name in (contrast.a, contrast.b)], rule=rule,
                             partial=False)
-            folds = [collect(places[folder], study) for folder in main.folders if folder in places]
-            whole = [outcomes for outcomes in folds if outcomes and len(outcomes[contrast.a]) == main.folds]
+            order = main.folders if rule == main.rule else reversed(main.folders)  # the other rules were run first
+            runs = [collect(places[folder], study) for folder in order if folder in places]
+            whole = [outcomes for outcomes in runs if outcomes and len(outcomes[contrast.a]) == main.folds]
             found[contrast, rule] = measure(main, whole[0], contrast) if whole else None
     return found
 
@@ -247,16 +249,19 @@ def contrast_rows(findings):
     return rows
 
 
+def said(found):
+    """The verdict of a finding, by the main interval, in words."""
+    if not found.accuracy:
+        return stats.NO_VERDICT
+    verdict = found.verdicts["corrected"]
+    return f"{verdict}, one run" if found.accuracy["corrected"].runs == 1 else verdict
+
+
 def short_rows(findings):
     """The contrasts for a terminal."""
-    rows = [["", "accuracy (points)", "verdict"]]
-    for found in findings:
-        if found.accuracy:
-            accuracy, verdict = found.accuracy["corrected"], found.verdicts["corrected"]
-            rows.append([found.name, signed(accuracy), f"{verdict}, one run" if accuracy.runs == 1 else verdict])
-        else:
-            rows.append([found.name, "no pair of runs", stats.NO_VERDICT])
-    return rows
+    return [["", "accuracy (points)", "verdict"], *(
+        [found.name, signed(found.accuracy["corrected"]) if found.accuracy else "no pair of runs", said(found)]
+        for found in findings)]
 
 
 def on_one_machine(result):
@@ -294,13 +299,8 @@ def row_of(name, compared, text="", colour=plots.INK):
 
 
 def forest_rows(findings):
-    rows = []
-    for found in findings:
-        if found.accuracy:
-            accuracy = found.accuracy["corrected"]
-            rows.append(row_of(found.name.replace(" - ", " − "), accuracy,
-                               f"{signed(accuracy)}  {found.verdicts['corrected']}"))
-    return rows
+    return [row_of(found.name.replace(" - ", " − "), found.accuracy["corrected"],
+                   f"{signed(found.accuracy['corrected'])}  {said(found)}") for found in findings if found.accuracy]
 
 
 def panels_of(result):
@@ -330,8 +330,9 @@ def draw(result, figures):
     rows = forest_rows(result.findings)
     if rows:
         level = 100 * next(found.accuracy["corrected"].level for found in result.findings if found.accuracy)
-        plots.forest({"": rows}, "difference in accuracy (points)", f"{where}. Thin line: {level:.4g}% interval; thick: "
-                     f"{2 * level - 100:.4g}%, which decides on equivalence (shaded: ±1 point)", path("-differences"))
+        plots.forest({"": rows}, "difference in accuracy (points)", f"{where}. Thin line: {level:.4g}% interval; "
+                     f"thick: {2 * level - 100:.4g}%, which decides on equivalence (shaded: ±1 point)",
+                     path("-differences"))
     if study.x_label:
         number, y_label = ("accuracy", "accuracy (%)") if study.contrasts else ("calibrated", "calibrated loss (nats)")
         panels, note = {name: measures[number] for name, measures in panels_of(result).items()}, where
@@ -409,8 +410,9 @@ def rates_page(places, figures):
         return []
     if drawn:
         panels = []
-        for number, y_label, better, scale, rule in (("accuracy", "dev accuracy (%)", max, 100, "highest"),
-                                                     ("calibrated", "calibrated dev loss (nats)", min, 1, "calibrated")):
+        for number, y_label, better, scale, rule in (
+                ("accuracy", "dev accuracy (%)", max, 100, "highest"),
+                ("calibrated", "calibrated dev loss (nats)", min, 1, "calibrated")):
             series = {name: [plots.Point(rate, scale * getattr(row, number)) for rate, row in means.items()]
                       for name, means in drawn.items()}
             low, high = plots.scale_of_best(series, better, 0.05 if better is max else 0.2)
@@ -418,41 +420,42 @@ def rates_page(places, figures):
                                        ringed={name: rates.choose(means)[rule] for name, means in drawn.items()})])
         plots.series(panels, "mean of folds 0 to 2; ring: the best; triangle at the edge: off the scale",
                      figures / "rates.png", (9, 8))
-    return ["# Learning rates", "", "Searched on dev, folds 0 to 2. In brackets: how often the rule chooses this rate if "
-            "the dev sentences are drawn anew (bootstrap).", "", *markdown(chosen), "",
+    return ["# Learning rates", "", "Searched on dev, folds 0 to 2. In brackets: how often the rule chooses this rate "
+            "if the dev sentences are drawn anew (bootstrap).", "", *markdown(chosen), "",
             *(["![rates.png](../figures/rates.png)", ""] if drawn else []), *markdown(tried)]
 
 
 def sensitivity_lines(cells, places, figures):
-    """The table of what the verdicts depend on, as lines. Draws its figure."""
+    """The verdicts on the main contrasts and the table of what they depend on, as lines. Draws its figure."""
     shares = {}
     for name in TECHNIQUES:
         place = places.get(SEARCHES[name].folder)
         scores = rates.average(rates.find(place, name)) if place else {}
         shares[name] = rates.bootstrap(scores) if scores else {}
-    rows = [["", "rule for the rates", "rates (chosen by a bootstrap of dev)", "accuracy (points)",
+
+    def rate_and_share(name, rule):
+        rate = getattr(SEARCHES[name], rule)
+        return f"{rate:g}" + (f" ({shares[name][rule].get(rate, 0):.0%})" if shares[name] else "")
+
+    rows = [["", "rule for the rates", "rates (how often a bootstrap of dev chooses them)", "accuracy (points)",
              *stats.INTERVALS.values(), "calibrated loss"]]
+    panels, lines = {}, []
     for (contrast, rule), found in cells.items():
-        picks = [f"{getattr(SEARCHES[name], rule):g}" + (
-            f" ({shares[name][rule].get(getattr(SEARCHES[name], rule), 0):.0%})" if shares[name] else "")
-            for name in (contrast.a, contrast.b)]
-        row = [f"{label(contrast.a)} - {label(contrast.b)}", RULES[rule].split(" among")[0] if rule != "doubling" else
-               "survives doubling", " - ".join(picks)]
+        name = f"{label(contrast.a)} - {label(contrast.b)}"
+        if rule == next(iter(RULES)):
+            verdict, depends = agree_on(cells, contrast)
+            lines.append(f"- {name}: **{verdict}**" + (f" on {depends}" if depends else ""))
+        row = [name, RULE_NAMES[rule], " - ".join(rate_and_share(one, rule) for one in (contrast.a, contrast.b))]
         if found:
             row += [signed(found.accuracy["corrected"]), *found.verdicts.values(), signed(found.loss["corrected"], 4)]
-        rows.append(row if found else [*row, "not run", "", "", "", ""])
-    panels = {}
-    for contrast in dict.fromkeys(contrast for contrast, _ in cells):
-        panels[f"{label(contrast.a)}\n− {label(contrast.b)}"] = {
-            plots_rule: [row_of("", one) for one in cells[contrast, rule].accuracy.values()] if cells[contrast, rule]
-            else [] for rule, plots_rule in zip(RULES, ("calibrated\nloss", "raw loss", "highest\naccuracy",
-                                                        "survives\ndoubling"))}
+        rows.append(row if found else [*row, "not run", *[""] * (len(stats.INTERVALS) + 1)])
+        panel = panels.setdefault(name.replace(" - ", "\n− "), {})
+        measured = found.accuracy.values() if found else ()
+        panel[textwrap.fill(RULE_NAMES[rule], 10)] = [row_of("", one) for one in measured]
     plots.sensitivity(panels, dict(zip(stats.INTERVALS.values(), ("#332288", "#d55e00", "#009e73"))),
                       "difference in test accuracy (points); thin line: for a difference, thick: for equivalence "
                       "(shaded: ±1 point)", figures / "sensitivity.png")
-    verdicts = [f"- {label(one.a)} - {label(one.b)}: **{word}**" + (f" on {on}" if on else "")
-                for one in dict.fromkeys(contrast for contrast, _ in cells) for word, on in [agree_on(cells, one)]]
-    return [*verdicts, "", "![What the verdicts depend on](figures/sensitivity.png)", "", *markdown(rows)]
+    return [*lines, "", "![What the verdicts depend on](figures/sensitivity.png)", "", *markdown(rows)]
 
 
 def claim_rows(results, cells, out):
@@ -460,19 +463,20 @@ def claim_rows(results, cells, out):
     rows = [["claim", "ours", "difference in accuracy (points)", "verdict", "depends on"]]
     for result in results:
         for found in result.findings:
-            if not found.contrast.claim or not found.accuracy:
+            if not found.contrast.claim:
                 continue
-            accuracy = found.accuracy["corrected"]
-            inner = accuracy.verdict.startswith("equivalent")
-            level = 2 * accuracy.level - 1 if inner else accuracy.level
-            verdict, depends = agree({("", kind): verdict for kind, verdict in found.verdicts.items()})
             if result.name == "calibrated":
                 verdict, depends = agree_on(cells, found.contrast)
-            elif depends:
-                verdict = found.verdicts["corrected"]
-            rows.append([found.contrast.claim, f"[{result.name}](studies/{result.name}.md): {found.name}",
-                         f"{signed(accuracy, 2, inner)} at {100 * level:.4g}%", verdict,
-                         "; ".join(part for part in (depends, result.study.caveat) if part)])
+            else:
+                verdict, (_, depends) = said(found), agree({("", kind): word for kind, word in found.verdicts.items()})
+            difference = "not run by this rule"
+            if found.accuracy:
+                accuracy = found.accuracy["corrected"]
+                inner = accuracy.verdict.startswith("equivalent")
+                level = 2 * accuracy.level - 1 if inner else accuracy.level
+                difference = f"{signed(accuracy, 2, inner)} at {100 * level:.4g}%"
+            rows.append([found.contrast.claim, f"[{result.name}](studies/{result.name}.md): {found.name}", difference,
+                         verdict, "; ".join(part for part in (depends, result.study.caveat) if part)])
     if (out / "analysis.json").is_file():
         for row in read_json(out / "analysis.json", ["claims"])["claims"]:
             link = f"[figure]({row['figure']}), " if row["figure"] else ""
@@ -490,8 +494,8 @@ def describe_method(results):
     split = (f"Data: {data_name(place)}; the first run has {sizes} sentences. The hash of a text puts it into one of "
              "eleven parts.\n  Part 10 is dev; fold i tests on part i, the other nine are for training.")
     if place.common["test"]:
-        split = (f"Data: {data_name(place)}, tested on {Path(place.common['test']).name}: {sizes} sentences. The hash of "
-                 "a text\n  decides whether it is dev. Runs differ in their seed.")
+        split = (f"Data: {data_name(place)}, tested on {Path(place.common['test']).name}: {sizes} sentences. The hash "
+                 "of a text\n  decides whether it is dev. Runs differ in their seed.")
     if place.rates:
         words = "by a search on this data: factors of 4, fold 0, the lowest calibrated loss"
     elif place.common["data"]:
@@ -519,12 +523,10 @@ def own_text(out, name):
     return path.read_text(encoding="utf-8").rstrip().splitlines() if path.is_file() else []
 
 
-def is_unsearched(result):
-    """True if the rates are train.py's, which were found on other data."""
-    return result.study.rule == "doubling" and bool(result.place.common["data"]) and not result.place.rates
-
-
 def not_searched(result):
+    """A warning if the rates are train.py's, which were found on other data; else ""."""
+    if result.study.rule != "doubling" or not result.place.common["data"] or result.place.rates:
+        return ""
     return NOT_SEARCHED.format(command=command_of(result.place, [], "--search"))
 
 
@@ -539,9 +541,8 @@ def tables(result, form):
 
 def in_terminal(result):
     """A study as lines of at most 100 columns."""
-    lines = [f"{result.name}, on {data_name(result.place)}: {result.study.question}"]
-    if is_unsearched(result):
-        lines += textwrap.wrap(not_searched(result).replace("*", "").replace("`", ""), 100)
+    lines = textwrap.wrap(f"{result.name}, on {data_name(result.place)}: {result.study.question}", 100)
+    lines += textwrap.wrap(not_searched(result).replace("*", "").replace("`", ""), 100)
     return [*lines, "", *tables(result, aligned)]
 
 
@@ -555,7 +556,7 @@ def report(out):
     lines = [f"{OPENING} --out {shlex.quote(out.as_posix())}` writes this file, studies/ and figures/; it trains "
              "nothing.", ""]
     for result in results:
-        if is_unsearched(result) and result.place.out == out:
+        if result.place.out == out and not_searched(result):
             lines += [not_searched(result), ""]
     lines += [*own_text(out, "answer"), ""]
     drawn = {result.name: draw(result, figures) for result in results}

@@ -88,7 +88,8 @@ class Place:
         record = checkpoint.read_record(path)
         for name in ("weights_sha256", "data_sha256"):
             if record[name] != getattr(self, name):
-                raise UserError(f"{path} is of other {name.partition('_')[0]} than the other runs: choose another --out")
+                raise UserError(f"{path} is of other {name.partition('_')[0]} than the other runs: choose another "
+                                "--out")
         self.records[key(record["settings"])] = record
         self.outcomes.clear()
 
@@ -263,7 +264,9 @@ def train_missing(runs, jobs):
     for run in waiting:
         if run.path.exists():
             raise UserError(f"{run.path} is of a run with other settings: choose another --out")
-        checkpoint.keep_machine(run.settings)  # a run that resumes keeps its precision
+        unfinished = checkpoint.find(run.settings.out)
+        if unfinished and run.settings.precision == "auto":  # a run that resumes keeps its precision
+            run.settings.precision = unfinished.record["machine"]["precision"]
     new = [run for run in waiting if run.settings.precision == "auto"]
     if new:
         precision = choose_precision(new[0])
@@ -275,7 +278,8 @@ def train_missing(runs, jobs):
         while waiting or running:
             while waiting and len(running) < jobs:
                 left, run = time_left(waiting, waiting[0].place, jobs), waiting.pop(0)
-                print(f"{run.name}: run {len(runs) - len(waiting)} of {len(runs)}{left}; output in {run.log}", flush=True)
+                number = len(runs) - len(waiting)
+                print(f"{run.name}: run {number} of {len(runs)}{left}; output in {run.log}", flush=True)
                 running[run.name] = run, start(run, threads)
             for run, process in list(running.values()):
                 if process.poll() is not None:

@@ -1,4 +1,4 @@
-"""The comparison as data: the searches of learning rates, the runs that test a claim, and the contrasts between them."""
+"""The comparison as data: searches of learning rates, the runs that test a claim, and the contrasts between them."""
 from dataclasses import dataclass, field
 
 from ..tools.settings import LINEAR_LAYERS, TECHNIQUES
@@ -11,6 +11,7 @@ RULES = {  # how a rate is chosen from the means over folds 0 to 2, on dev alone
     "loss": "lowest raw loss",
     "highest": "highest accuracy",
     "doubling": "highest accuracy among the rates that lose at most 1 point when doubled"}
+RULE_NAMES = dict(zip(RULES, ("calibrated loss", "raw loss", "highest accuracy", "survives doubling")))
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ SLICE = {"limit": 3000}                              # of IMDb's training review
 
 
 def search_own(technique, few=False, rates=(None, None, None), start=None):
-    """The searches of a rate for the head alone: {name: Search}. rates: what the calibrated rule has chosen for the body
-    and the head together, then for the head at that rate of the body, then once more for the body."""
+    """The searches of a rate for the head alone: {name: Search}. rates: what the calibrated rule has chosen for body
+    and head together, then for the head at that rate of the body, then once more for the body."""
     shared, head, body = rates
     more, end = (FEW, "-86") if few else ({}, "")
     head_start = (shared or start) * (16 if technique == "full" else 4)
@@ -79,7 +80,7 @@ SEARCHES = {
 @dataclass(frozen=True)
 class Variant:
     """One setting, run on several folds. searches: where its rates come from, unless `options` has them (none: that of
-    its technique). series, x, panel: its place in the figure of a study that has an `x_label` (series None: its own)."""
+    its technique). series, x, panel: its place in the figure of a study with an `x_label` (series None: its own)."""
     name: str
     technique: str
     options: dict = field(default_factory=dict)
@@ -172,19 +173,20 @@ BEN_ZAKEN = "the biases alone are competitive on small to medium data (Ben Zaken
 FOUR_CONTRASTS = [Contrast("head", "full"), Contrast("adapter", "full"), Contrast("lora", "full"),
                   Contrast("lora", "adapter")]
 MAIN_CONTRASTS = [Contrast("head", "full"), Contrast("adapter", "full", HOULSBY_MATCH),
-                  Contrast("lora", "full", HU_MATCH), Contrast("bitfit", "full", BEN_ZAKEN), Contrast("lora", "adapter")]
+                  Contrast("lora", "full", HU_MATCH), Contrast("bitfit", "full", BEN_ZAKEN),
+                  Contrast("lora", "adapter")]
 MAIN = "Houlsby et al. 2019, abstract and table 1; Hu et al. 2021, table 2; Ben Zaken et al. 2021, table 1"
 STUDIES = {
     "calibrated": Study("How far are the techniques from full fine-tuning, and from each other?", MAIN, FIVE,
                         MAIN_CONTRASTS, rule="calibrated", folders=(GPU, ""), partial=True),
-    "techniques": Study("The same at train.py's default rates, with what training costs", MAIN,
+    "techniques": Study("How far apart are they at train.py's default rates, and what does training cost?", MAIN,
                         [HEAD, ADAPTER, LORA, FULL], FOUR_CONTRASTS, costs=True),
-    "cola": Study("The same on a second task: is a sentence grammatical?", "Warstadt et al. 2019 (CoLA)",
+    "cola": Study("How far apart are they on a second task: is a sentence grammatical?", "Warstadt et al. 2019 (CoLA)",
                   searched_on("cola", TECHNIQUES), MAIN_CONTRASTS, rule="calibrated", folders=(COLA,), matthews=True),
-    "imdb": Study("The same on IMDb, official split, 256 tokens, one run each", "Maas et al. 2011 (IMDb)",
+    "imdb": Study("How far apart are they on IMDb at 256 tokens, one run each?", "Maas et al. 2011 (IMDb)",
                   [HEAD, ADAPTER, LORA, FULL], FOUR_CONTRASTS, 1, folders=("imdb",), costs=True,
                   caveat="one run each: these runs only; on dev, full fine-tuning is ahead"),
-    "imdb-512": Study("The same on IMDb at 512 tokens", "Maas et al. 2011 (IMDb)",
+    "imdb-512": Study("How far apart are they on IMDb at 512 tokens?", "Maas et al. 2011 (IMDb)",
                       searched_on("imdb", ("head", "adapter", "lora", "full")), FOUR_CONTRASTS, 3, "calibrated",
                       folders=(IMDB,), costs=True),
     "head-rate": head_rate_study(few=False),

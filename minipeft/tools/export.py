@@ -7,10 +7,8 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from ..adapter import AdapterLinear
-from ..bert import Bert, hugging_face_name, load_pooler
+from ..bert import hugging_face_name, load_pooler
 from ..data import load_tokenizer
 from ..lora import LoRALinear, merge_lora
 from . import checkpoint
@@ -20,12 +18,11 @@ from .settings import defaults
 
 CONFIG, PEFT, ADAPTERS = "adapter_config.json", "adapter_model.safetensors", "adapter.safetensors"  # their file names
 HEAD = "head.safetensors"  # ours: a head that has no counterpart in the other library
-PEFT_HEAD = ("base_model.model.bert.pooler.dense", "base_model.model.classifier")  # the two layers of head.py's Head
 FORMAT = {"format": "pt"}  # the metadata that the other libraries ask of a safetensors file
 
 
 def names(encoder, kind):
-    """{Hugging Face's name: our name} of the modules of a class."""
+    """{Hugging Face's name: our name} of the modules of a class, or of several."""
     ours = [name for name, module in encoder.named_modules() if isinstance(module, kind)]
     return {hugging_face_name(name + ".weight").removesuffix(".weight"): name for name in ours}
 
@@ -33,11 +30,6 @@ def names(encoder, kind):
 def layer_tensors(layers):
     """The weights and biases of linear layers: {name: layer} -> {"name.weight": tensor, "name.bias": tensor}"""
     return {f"{name}.{kind}": getattr(layer, kind) for name, layer in layers.items() for kind in ("weight", "bias")}
-
-
-def head_tensors(head, dense="dense", classifier="classifier"):
-    """The four tensors of a Head, by the names that its layers have elsewhere."""
-    return layer_tensors({dense: head.dense, classifier: head.classifier})
 
 
 def save_config(path, config):
@@ -51,12 +43,9 @@ def save_bert(encoder, folder, config=None, prefix="", more=None):
     more: further tensors, by their Hugging Face names. The dropout rates written are those in use, 0 after load_bert.
     Raises UserError if the files cannot be written, ValueError for an encoder that holds LoRA or adapters.
     """
-    state = encoder.state_dict()
-    with torch.device("meta"):
-        surplus = sorted(state.keys() - Bert(encoder.config).state_dict().keys())
-    if surplus:
-        raise ValueError(f"{surplus[0]} is not in a plain BERT: call merge_lora or remove_adapters first")
-    tensors = {prefix + hugging_face_name(name): tensor for name, tensor in state.items()}
+    if names(encoder, (LoRALinear, AdapterLinear)):
+        raise ValueError("the encoder is not a plain BERT: call merge_lora or remove_adapters first")
+    tensors = {prefix + hugging_face_name(name): tensor for name, tensor in encoder.state_dict().items()}
     content = {"architectures": ["BertModel"], "model_type": "bert", "hidden_act": "gelu"}
     content |= asdict(encoder.config) | (config or {})
     write_text(Path(folder) / "config.json", json.dumps(content, indent=2) + "\n")
@@ -72,7 +61,10 @@ def export_peft(model, settings, about, folder):
                         "--to transformers (head, bitfit, full) or --to adapters (adapter)")
     sequence = settings.pooling == "cls"
     prefix = "base_model.model.bert." if sequence else "base_model.model."
-    tensors = head_tensors(model.head, *PEFT_HEAD) if sequence else {}
+    tensors = {}
+    if sequence:
+        tensors = layer_tensors({"base_model.model.bert.pooler.dense": model.head.dense,
+                                 "base_model.model.classifier": model.head.classifier})
     layers = names(model.encoder, LoRALinear)
     for theirs, ours in layers.items():
         layer = model.encoder.get_submodule(ours)
@@ -113,7 +105,8 @@ def export_transformers(model, settings, about, folder, weights):
         labels = dict(enumerate(json.loads(about["classes"])))
         config = {"architectures": ["BertForSequenceClassification"], "classifier_dropout": settings.head_dropout,
                   "id2label": labels, "label2id": {name: number for number, name in labels.items()}}
-        save_bert(model.encoder, folder, config, "bert.", head_tensors(model.head, "bert.pooler.dense"))
+        head = {"bert.pooler.dense": model.head.dense, "classifier": model.head.classifier}
+        save_bert(model.encoder, folder, config, "bert.", layer_tensors(head))
     else:
         pooler = load_pooler(weights)  # not used; without it transformers makes a random one
         save_bert(model.encoder, folder, more=layer_tensors({"pooler.dense": pooler}) if pooler else None)
@@ -172,7 +165,8 @@ MORE = {  # lines that put what was trained into the base model
 
 def save_head(model, settings, about, folder, library):
     """Write the head, and the lines that use it with the other library's encoder."""
-    write_safetensors(folder / HEAD, head_tensors(model.head), FORMAT | about)
+    layers = {"dense": model.head.dense, "classifier": model.head.classifier}
+    write_safetensors(folder / HEAD, layer_tensors(layers), FORMAT | about)
     write_text(folder / "README.md", README.format(
         classes=about["classes"], library=library, more=MORE[library], length=settings.max_length, file=HEAD,
         pooled=POOLED[settings.pooling], base="." if library == "transformers" else settings.weights or WEIGHTS_HUB))

@@ -96,13 +96,13 @@ class FastLoRALinear(LoRALinear):
         frozen = not any(parameter.requires_grad for parameter in linear.parameters())
         return plain and frozen and module.dropout.p == 0
 
-    def forward(self, x):
+    def forward(self, input):
         """(..., in_features) -> (..., out_features)"""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        y = LowRankProduct.apply(x.to(dtype).flatten(0, -2), *cast(self.linear, dtype),
+        device = input.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        y = LowRankProduct.apply(input.to(dtype).flatten(0, -2), *cast(self.linear, dtype),
                                  self.lora_A.to(dtype), (self.scaling * self.lora_B).to(dtype))
-        return y.unflatten(0, x.shape[:-1])
+        return y.unflatten(0, input.shape[:-1])
 
 
 # -- attention in bf16 on a CPU ---------------------------------------------------------------------------

@@ -24,21 +24,25 @@ class UserError(Exception):
 
 
 def run_program(name, main, *arguments):
-    """Call the main function of a command-line program and return its exit code. A user's mistake is one line, and a
-    reader of the output that ends, such as head, ends the program quietly."""
+    """Call the main function of a command-line program and return its exit code. A user's mistake is one line; Ctrl-C,
+    and a reader of the output that ends, such as head, end the program quietly."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not in a notebook
-            stream.reconfigure(errors="backslashreplace")  # a text that a terminal cannot show must not stop a run
+            # A file or a pipe gets UTF-8; a text that a terminal cannot show must not stop a run.
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
     try:
-        code = main(*arguments)
-        sys.stdout.flush()
-        return code or 0
+        try:
+            return main(*arguments) or 0
+        finally:
+            sys.stdout.flush()  # here, where a reader that has ended is noticed, and not when Python exits
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        return 130
 
 
 @contextmanager
@@ -79,15 +83,15 @@ def read_json(path, keys=()):
     """Read a JSON object and check that it has `keys`. UserError if the file is missing or damaged."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        if missing := [key for key in keys if key not in content]:
+            raise ValueError(f"missing: {', '.join(missing)}")
+        return content
     except OSError as error:
         raise UserError(f"{path} could not be read ({error.strerror or error})") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): restore it, or delete it if minipeft wrote it") from error
-    missing = [key for key in keys if key not in content] if isinstance(content, dict) else ["a JSON object"]
-    if missing:
-        raise UserError(f"{path} is damaged (missing: {', '.join(missing)}): restore it, or delete it if minipeft "
-                        "wrote it")
-    return content
 
 
 def sha256(path):

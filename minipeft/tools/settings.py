@@ -4,8 +4,6 @@ A technique is one row of TECHNIQUES here and one entry in model.py; the command
 plots loop over this table. Nothing slow is imported, so --help and option errors appear at once.
 """
 import argparse
-import copy
-import functools
 import math
 import os
 import shlex
@@ -170,7 +168,7 @@ def add_common(parser):
 
 
 def add_run(parser, technique):
-    """Add the options of a single run of a technique."""
+    """Add the options of a run of a technique."""
     group = parser.add_argument_group("run")
     group.add_argument("--lr", metavar="X", type=positive, default=technique.lr,
                        help=f"highest learning rate (default: {technique.lr:g})")
@@ -202,6 +200,7 @@ def add_run(parser, technique):
         elif default is not None:
             arguments["help"] += f" (default: {default:g})"
         group.add_argument("--" + name.replace("_", "-"), **arguments)
+    add_common(parser)
 
 
 def make_parser():
@@ -213,40 +212,27 @@ def make_parser():
                                     epilog=f"Other libraries (python -m minipeft export): {EXPORT}",
                                     usage=f"train.py {name} [options]")
         add_run(chosen, technique)
-        add_common(chosen)
     return parser
-
-
-@functools.cache
-def parse_defaults(technique):
-    return vars(make_parser().parse_args([technique]))
 
 
 def defaults(technique):
     """The settings of a technique when its command line has no option, as a dict."""
-    return copy.deepcopy(parse_defaults(technique))
-
-
-@functools.cache
-def common_names():
-    """The names of the settings that every run of a comparison shares."""
     parser = Parser()
-    add_common(parser)
-    return tuple(vars(parser.parse_args([])))
+    add_run(parser, TECHNIQUES[technique])
+    return {"technique": technique} | vars(parser.parse_args([]))
 
 
 def common_defaults():
-    """Those settings with their defaults, as a dict."""
-    default = defaults("full")
-    return {name: default[name] for name in common_names()}
+    """The settings that every run of a comparison shares, with their defaults, as a dict."""
+    parser = Parser()
+    add_common(parser)
+    return vars(parser.parse_args([]))
 
 
 def parse(arguments):
     """Turn the command line of train.py into settings, an argparse.Namespace. Mistakes exit with code 2."""
     parser = make_parser()
-    settings, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        parser.error(f"{unknown[0]} is not an option of {settings.technique}")
+    settings = parser.parse_args(arguments)
     if settings.test and settings.fold is not None:
         parser.error("--fold picks a test set from the data, but --test names one; repeat a run with --seed instead")
     if settings.test and not settings.data:
@@ -260,16 +246,14 @@ def parse(arguments):
     return settings
 
 
+UNSAID = ("given", "out", "resume", "overwrite", "no_texts")  # what the command of a record leaves out
 # Settings that do not decide the outcome, or whose resolved value is stored with the machine.
-UNRECORDED = ("given", "out", "resume", "overwrite", "save_every", "eval_every", "no_texts", "device", "precision")
+UNRECORDED = (*UNSAID, "save_every", "eval_every", "device", "precision")
 
 
 def recorded(settings):
     """The settings that decide the outcome, as a dict; those without a value are left out."""
     return {name: value for name, value in vars(settings).items() if name not in UNRECORDED and value is not None}
-
-
-UNSAID = ("given", "out", "resume", "overwrite", "no_texts")  # what the command of a record leaves out
 
 
 def command(settings):

@@ -1,7 +1,7 @@
 """Labelled texts from tables (CSV, TSV), JSON or folders, checked and tokenised into a Corpus (data.py).
 
-A file is read as lines (encoding), rows (format), and a Table (columns); its labelled texts become a Corpus. Rows that
-are left out, or read in a second way, are counted in a note, which train.py prints. What cannot be read is a UserError.
+A file is read as text (encoding), rows (format) and a Table (columns). What is left out, or read in a second way, is
+counted in a note, which train.py prints. What cannot be read is a UserError that names the line.
 """
 import codecs
 import csv
@@ -13,10 +13,8 @@ import os
 import re
 import zlib
 from array import array
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +23,10 @@ from ..data import Corpus, limit, load_tokenizer, split, tokenize
 from . import download
 from .files import UserError, sha256
 
-CHUNK = 1000  # rows that are read and tokenised at a time; the first so many decide on the format
-UNLABELLED = " (a file without labels: python -m minipeft predict RUN --csv FILE)"
+SAMPLE = 100_000  # characters of a table that decide on its separator
+UNLABELLED = " (if the file has no labels: python -m minipeft predict RUN --csv FILE)"
 NO_CLASSES = ("unsup", "__MACOSX")  # subfolders: unlabelled texts in the IMDb archive, what macOS adds to archives
 
-
-# -- lines ------------------------------------------------------------------------------------------------
 
 def counted(number, noun):
     """A number with its noun: "1 sentence", "2,000 sentences"."""
@@ -42,113 +38,103 @@ def listed(names, most=10):
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
-def read_lines(path, encoding, notes):
-    """Yield the lines of a text file, also of one packed with gzip. UserError, with the line, if it is not text.
+# -- text and rows ----------------------------------------------------------------------------------------
 
-    encoding: None for UTF-16 if the file begins with its mark, else UTF-8, with Windows-1252 for lines that are not
-    UTF-8: these are counted in a note, added to `notes`.
+codecs.register_error("cp1252", lambda error: (error.object[error.start:error.end].decode("cp1252"), error.end))
+
+
+def read_text(path, encoding, notes):
+    """Return the content of a text file, which may be packed with gzip. UserError, with the line, if it is not text.
+
+    Without `encoding`: UTF-16 if the file begins with its mark, else UTF-8, with Windows-1252 for bytes that are not
+    UTF-8, which a note reports.
     """
-    number, other = 0, []  # other: the lines that are not UTF-8
+    path = Path(path)
     try:
-        with (gzip.open if str(path).lower().endswith(".gz") else open)(path, "rb") as file:
-            if not encoding and file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                encoding = "utf-16"
-            for line in io.TextIOWrapper(file, encoding, newline="\n") if encoding else file:
-                number += 1
-                try:
-                    line = line if encoding else line.decode()
-                except UnicodeDecodeError:
-                    line = line.decode("cp1252")
-                    other.append(number)
-                if "\0" in line:
-                    raise ValueError("a NUL byte")
-                yield line.removeprefix("\ufeff")  # not only in line 1: files may have been joined
-    except ValueError as error:  # UnicodeDecodeError is one
-        place = "after line" if encoding else "line"  # with a given encoding, many lines are decoded at once
-        raise UserError(f"{path}, {place} {number}: not plain text ({error}); name the encoding with --encoding, or "
-                        "save the file as UTF-8") from None
+        content = path.read_bytes()
+        if path.suffix.lower() == ".gz":
+            content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:  # the last two from a damaged .gz
         raise UserError(f"{path} could not be read ({getattr(error, 'strerror', None) or error})") from error
-    if other:
-        notes.append(f"{path}, line {other[0]}: not UTF-8, so {counted(len(other), 'such line')} read as Windows-1252 "
-                     "(--encoding names another)")
-
-
-# -- rows -------------------------------------------------------------------------------------------------
-
-def read_objects(path, encoding, notes):
-    """Yield (line, object) from a JSON-lines file, or (place, object) from a JSON array of objects."""
-    lines, number = read_lines(path, encoding, notes), 0
-    first = next(lines, "")
-    is_array, lines = first.lstrip().startswith("["), chain([first], lines)
+    guess = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8"
+    line = 1
     try:
-        for number, content in enumerate(["".join(lines)] if is_array else lines, 1):
-            if not content.strip():
-                continue
-            found = json.loads(content, parse_constant=int)  # int("NaN") is a ValueError
-            if "\\ud" in content.lower():
-                json.dumps(found, ensure_ascii=False).encode()  # fails for half a surrogate pair: not a character
-            for number, row in enumerate(found, 1) if is_array else [(number, found)]:
-                if not isinstance(row, dict):
-                    raise TypeError(f"{row!r:.80}")
-                yield number, row
-    except (ValueError, TypeError, RecursionError) as error:
+        try:
+            text = content.decode(encoding or guess)
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            text = content.decode(encoding or guess, "strict" if encoding else "cp1252")
+            notes.append(f"{path}, line {line}: not UTF-8; such characters are read as Windows-1252 (--encoding names "
+                         "another)")
+        if "\0" in text:
+            line = text.count("\n", 0, text.index("\0")) + 1
+            raise ValueError("a NUL byte")
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise UserError(f"{path}, line {line}: not plain text ({error}); name the encoding with --encoding, or save "
+                        "the file as UTF-8") from None
+    return re.sub("^\ufeff", "", text, flags=re.MULTILINE)  # not only in line 1: files may have been joined
+
+
+def read_objects(path, text):
+    """Yield (line, object) from JSON lines, or (place, object) from a JSON array of objects."""
+    number, is_array = 1, text.lstrip().startswith("[")
+    try:
+        for number, row in enumerate(json.loads(text, parse_constant=int) if is_array else text.split("\n"), 1):
+            if not is_array:
+                if not row.strip():
+                    continue
+                row = json.loads(row, parse_constant=int)  # int("NaN") is a ValueError
+            if not isinstance(row, dict):
+                raise ValueError(f"{row!r:.80}")
+            yield number, row
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {number}: not a JSON object ({error})") from None
 
 
-def is_regular(lines, separator):
-    """Return whether this separator gives all rows the same number of columns, two or more."""
-    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-    try:
-        rows = list(csv.reader(lines, delimiter=separator, quoting=quoting))
-    except csv.Error:
-        return False
-    widths = {len(row) for row in rows[:-1] or rows} - {0}  # the last row may be incomplete; 0: a blank line
-    return len(widths) == 1 and widths.pop() > 1
-
-
-def quotes_close(lines):
-    """Return whether quotation marks enclose fields of a TSV file, as csv and pandas write them.
-
-    False if a mark that begins a field does not end one. False, too, if a field then contains a tab: the mark of one
-    row was closed by the mark of another.
-    """
-    try:
-        return all("\t" not in "".join(row) for row in csv.reader(lines, delimiter="\t", strict=True))
-    except csv.Error:
-        return False
-
-
-def read_rows(path, kind, encoding, separator, notes):
-    """Yield (line on which the row begins, list of fields) from a CSV or TSV file, without blank lines."""
+def parse_rows(text, separator, quoting=csv.QUOTE_MINIMAL, strict=True):
+    """Return (line on which it begins, list of fields) of each row that is not blank. csv.Error, with the line."""
+    rows, begin = [], 1
     csv.field_size_limit(2**31 - 1)
-    lines, skipped, opened = read_lines(path, encoding, notes), 0, 0
-    start = list(islice(lines, CHUNK))
-    if start and (first := re.fullmatch(r"sep=(.)\s*", start[0], re.IGNORECASE)):  # a line for Excel
-        separator, skipped, start = separator or first[1], 1, start[1:]
-    choice = {".tsv": "\t", ".tab": "\t", ".csv": ",;\t"}.get(kind, "\t,;")
-    separator = separator or next((mark for mark in choice if is_regular(start, mark)), choice[0])
-    as_they_are = separator == "\t" and not quotes_close(read_lines(path, encoding, []))
-    reader = csv.reader(chain(start, lines), delimiter=separator, strict=True,
-                        quoting=csv.QUOTE_NONE if as_they_are else csv.QUOTE_MINIMAL)
-    begin = skipped + 1
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=strict)
     try:
         for row in reader:
             if row:
-                yield begin, row
-            if as_they_are:
-                opened += sum(field.startswith('"') for field in row)
-            begin = skipped + reader.line_num + 1
+                rows.append((begin, row))
+            begin = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}, line {begin}: {error}; check quotation marks and line ends") from None
-    if as_they_are:
-        notes.append(f"{path}: not every field that begins with a quotation mark ends with one, so quotation marks are "
-                     f"part of the text ({counted(opened, 'field')})")
+        raise csv.Error(f"line {begin}: {error}; check quotation marks") from None
+    return rows
+
+
+def is_regular(text, separator):
+    """Return whether this separator gives all rows the same number of columns, two or more."""
+    rows = parse_rows(text, separator, csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL, strict=False)
+    widths = {len(row) for _, row in rows[:-1] or rows}  # the last row may be incomplete
+    return len(widths) == 1 and widths.pop() > 1
+
+
+def read_rows(path, text, kind, separator, notes):
+    """Return (line on which it begins, list of fields) of each row of a CSV or TSV file."""
+    if excel := re.match(r"sep=(.)\r?\n", text, re.IGNORECASE):
+        separator, text = separator or excel[1], "\n" + text[excel.end():]  # a blank line: the line numbers stay
+    choice = {".tsv": "\t", ".tab": "\t", ".csv": ",;\t"}.get(kind, "\t,;")
+    separator = separator or next((mark for mark in choice if is_regular(text[:SAMPLE], mark)), choice[0])
+    try:
+        rows = parse_rows(text, separator)
+        if separator != "\t" or not any("\t" in "".join(row) for _, row in rows):
+            return rows  # a tab inside: the quotation mark of one row was closed by that of another
+    except csv.Error as error:
+        if separator != "\t":
+            raise UserError(f"{path}, {error}") from None
+    rows = parse_rows(text, separator, csv.QUOTE_NONE)
+    opened = sum(field.startswith('"') for _, row in rows for field in row)
+    notes.append(f"{path}: not every field that begins with a quotation mark ends with one, so quotation marks are "
+                 f"part of the text ({counted(opened, 'field')})")
+    return rows
 
 
 def list_folder(folder):
-    """Return the sorted names, like pos/12_8.txt, of the texts in a folder with one subfolder a class. UserError if a
-    subfolder has no texts."""
+    """Return the sorted names, like pos/12_8.txt, of the texts in a folder with one subfolder a class."""
     folder, names = Path(folder), []
     if (folder / "train").is_dir() and (folder / "test").is_dir():
         raise UserError(f"{folder} holds two data sets: give --data {folder / 'train'} --test {folder / 'test'}")
@@ -162,20 +148,18 @@ def list_folder(folder):
 
 
 def read_folder(folder, encoding, notes):
-    """Yield (place in the sorted listing, [name, text, class]) for each text of a folder."""
-    names, changed = list_folder(folder), []
-    others = Counter({Path(place).relative_to(folder).as_posix(): len(files) for place, _, files in os.walk(folder)})
-    others.subtract(name.partition("/")[0] for name in names)
+    """Return (place in the sorted listing, [name, text, class]) of each text of a folder."""
+    names, rows, changed = list_folder(folder), [], []
     for number, name in enumerate(names, 1):
-        label = name.partition("/")[0]
-        if label != label.encode(errors="replace").decode():
-            raise UserError(f"{folder}: the name of the class folder {label!a} is not UTF-8: rename it")
-        yield number, [name, "".join(read_lines(folder / name, encoding, changed)).strip(), label]
-    if others := sorted((+others).items()):  # those above 0
-        notes.append(f"left out of {folder}: " + listed([f"{counted(n, 'file')} in {place}" for place, n in others])
-                     + " (the texts of a class are the .txt files in its folder)")
+        rows.append((number, [name, read_text(folder / name, encoding, changed).strip(), name.partition("/")[0]]))
+    files = {path for path in folder.rglob("*") if path.is_file()}
+    others = Counter(path.parent for path in files - {folder / name for name in names})
+    if others:
+        places = [f"{counted(others[place], 'file')} in {place.relative_to(folder)}" for place in sorted(others)]
+        notes.append(f"left out of {folder}: {listed(places)} (the texts of a class are the .txt files in its folder)")
     if changed:
         notes.append(f"{changed[0]}; {counted(len(changed), 'such file')}")
+    return rows
 
 
 # -- tables and labels ------------------------------------------------------------------------------------
@@ -183,10 +167,10 @@ def read_folder(folder, encoding, notes):
 @dataclass
 class Table:
     """The rows of a file or folder, and the indices of the columns that hold text and label (None: no such column)."""
-    names: list     # of the columns
+    names: list  # of the columns
     text: int
     label: int
-    rows: Iterator  # (line, list of values)
+    rows: list   # of (line, list of values)
 
 
 def find_column(names, name):
@@ -195,21 +179,9 @@ def find_column(names, name):
     return names.index(name) if name in names else next(iter(same), None)
 
 
-def check_rows(path, rows, names, text, header, notes):
-    """Yield the rows but those equal to `header`. UserError, with the line, if one does not fit."""
-    headers = 0
-    for line, row in rows:
-        if row == header:
-            headers += 1
-            continue
-        if len(row) != len(names):
-            raise UserError(f"{path}, line {line}: {len(row)} columns where the first line has {len(names)}; a text "
-                            "that contains the separator needs quotation marks around it")
-        if not isinstance(row[text], str):
-            raise UserError(f"{path}, line {line}: {names[text]!r} is {row[text]!r:.80} and not a string")
-        yield line, row
-    if headers > 1:  # files that were joined
-        notes.append(f"left out {counted(headers - 1, 'row')} of {path} equal to the names of its columns")
+def is_text(value):
+    """Return whether a value is a string without halves of characters, which JSON and names of files can hold."""
+    return isinstance(value, str) and value == value.encode(errors="replace").decode()
 
 
 def open_table(path, notes, labelled=True, text_column=None, label_column=None, encoding=None, separator=None):
@@ -217,30 +189,29 @@ def open_table(path, notes, labelled=True, text_column=None, label_column=None, 
 
     Column names ("text" and "label" by default) are found whatever their case. Of two columns one name is enough; if
     there is none, there is no header, and the label is the column with fewer distinct values. Unless `labelled`, a
-    column of labels is not needed, but a header is. UserError if a column is missing. Notes come with the last row.
+    column of labels is not needed, but a header is. UserError if a column is missing or, with the line, a row does not
+    fit. Rows equal to the header, as in files that were joined, are left out.
     """
     path, header = Path(path), None
     if path.is_dir():
         return Table(["file", "text", "label"], 1, 2, read_folder(path, encoding, notes))
     if not path.is_file():
         raise UserError(f"{path} is not a file or folder; give a CSV, TSV or JSON file or a folder")
-    kind = Path(path.name.lower().removesuffix(".gz")).suffix
+    kind, content = Path(path.name.lower().removesuffix(".gz")).suffix, read_text(path, encoding, notes)
     if kind in (".jsonl", ".ndjson", ".json"):
-        rows = read_objects(path, encoding, notes)
-        start = list(islice(rows, 1))
-        names = list(start[0][1]) if start else []
-        rows = ((line, [row.get(name) for name in names]) for line, row in chain(start, rows))
+        objects = list(read_objects(path, content))
+        names = list(objects[0][1]) if objects else []
+        rows = [(line, [row.get(name) for name in names]) for line, row in objects]
     else:
-        rows = read_rows(path, kind, encoding, separator, notes)
-        start = list(islice(rows, CHUNK))
-        header = start[0][1] if start else []
-        names, rows = [name.strip() for name in header], chain(start, rows)
+        rows = read_rows(path, content, kind, separator, notes)
+        header = rows[0][1] if rows else []
+        names = [name.strip() for name in header]
 
     wanted = text_column or "text", label_column or "label"
     text, label = (find_column(names, name) for name in wanted)
     if len(names) == 2 and not (text_column or label_column):
         if text is None and label is None and header and labelled:
-            first, second = (len({row[column] for _, row in start if len(row) == 2}) for column in (0, 1))
+            first, second = (len({row[column] for _, row in rows if len(row) == 2}) for column in (0, 1))
             text, label = (1, 0) if first < second else (0, 1)
             names[text], names[label], header = *wanted, None
         elif text is None and label is not None:
@@ -252,7 +223,18 @@ def open_table(path, notes, labelled=True, text_column=None, label_column=None, 
         if column is None and names:
             others = listed([repr(name) for name in names])
             raise UserError(f"{path} has no column {name!r} but {others}; name {way_out}")
-    return Table(names, text, label, check_rows(path, rows, names, text, header, notes))
+
+    kept = [(line, row) for line, row in rows if row != header]
+    headers = len(rows) - len(kept)
+    if headers > 1:  # files that were joined
+        notes.append(f"left out {counted(headers - 1, 'row')} of {path} equal to the names of its columns")
+    for line, row in kept:
+        if len(row) != len(names):
+            raise UserError(f"{path}, line {line}: {len(row)} columns where the first line has {len(names)}; a text "
+                            "that contains the separator needs quotation marks around it")
+        if not is_text(row[text]):
+            raise UserError(f"{path}, line {line}: {names[text]!r} is {row[text]!a:.80} and not a text")
+    return Table(names, text, label, kept)
 
 
 def read_file(path, notes=None, **reading):
@@ -264,8 +246,8 @@ def read_file(path, notes=None, **reading):
     table = open_table(path, [] if notes is None else notes, **reading)
     for line, row in table.rows:
         label = row[table.label]
-        if isinstance(label, (dict, list)):
-            raise UserError(f"{path}, line {line}: {table.names[table.label]!r} is neither a string nor a number")
+        if isinstance(label, (dict, list)) or not is_text(str(label)):
+            raise UserError(f"{path}, line {line}: the label {label!a:.80} is neither a text nor a number")
         yield line, row[table.text], "" if label is None else str(label).strip()
 
 
@@ -302,24 +284,30 @@ def spelling(name):
         return name.casefold()
 
 
+def sort_classes(names, notes):
+    """Return the names of the classes sorted, whole numbers by value. A note warns of names that look alike."""
+    whole = all(re.fullmatch(r"-?\d+", name) for name in names)
+    classes = sorted(names, key=lambda name: (int(name) if whole else 0, name))
+    spellings = Counter(map(spelling, classes))
+    if alike := [name for name in classes if spellings[spelling(name)] > 1]:
+        notes.append(f"warning: some classes differ in case or number format only: {listed(alike)}")
+    return classes
+
+
 def check_labels(corpus):
-    """Raise UserError unless there are at least two classes, each with two sentences or more, and the test set has no
-    other class."""
+    """UserError unless the data have two classes or more, each with two sentences, and the test set has no other."""
     path, labels = corpus.files[-1], corpus.labels
-    own = corpus.file == len(corpus.files) - 1
-    counts = np.bincount(labels[own], minlength=len(corpus.classes))
+    counts = np.bincount(labels[corpus.file == len(corpus.files) - 1], minlength=len(corpus.classes))
     if np.count_nonzero(counts) == 1:
         raise UserError(f"{path}: every label is {corpus.classes[counts.argmax()]!r:.80}; two classes are needed")
-    if not own.all() and not counts[labels[~own]].any():
-        tested = listed([repr(corpus.classes[label]) for label in np.unique(labels[~own])], 3)
-        raise UserError(f"{corpus.files[0]}: none of its labels ({tested}) occurs in {path}" + UNLABELLED)
     rarest = counts.argmin()
     if counts[rarest] < 2:
         last = np.flatnonzero(labels == rarest)[-1]  # in a test file, if the data lack this label
+        way_out = UNLABELLED if counts[rarest] == 0 else (
+            "; two are needed: add some or take it out (if it is the name of a column, use --text-column and "
+            "--label-column)")
         raise UserError(f"{corpus.files[corpus.file[last]]}, line {corpus.line[last]}: {path} has "
-                        f"{counted(counts[rarest], 'sentence')} labelled {corpus.classes[rarest]!r:.80} and needs two; "
-                        "add some or take the label out (if it is the name of a column, use --text-column and "
-                        "--label-column)")
+                        f"{counted(counts[rarest], 'sentence')} labelled {corpus.classes[rarest]!r:.80}{way_out}")
 
 
 def find_usable(corpus, exact):
@@ -327,28 +315,25 @@ def find_usable(corpus, exact):
 
     exact: (n,) hashes of the texts without surrounding white space. Each row of a test file is kept.
     """
-    kept = np.ones(len(corpus), bool)
+    kept, path = np.ones(len(corpus), bool), corpus.files[-1]
     own = np.flatnonzero(corpus.file == len(corpus.files) - 1)
     if len(corpus.files) > 1:
         tested = np.isin(corpus.hashes[own], corpus.hashes[corpus.file == 0])
         kept[own[tested]] = False
         if tested.any():
-            corpus.notes.append(f"left out {counted(tested.sum(), 'sentence')} of {corpus.files[-1]} found in "
+            corpus.notes.append(f"left out {counted(tested.sum(), 'sentence')} of {path} found in "
                                 f"{corpus.files[0]} too")
         own = own[~tested]
 
     _, first, same = np.unique(exact[own], return_index=True, return_inverse=True)
     first = first[same]  # the first sentence with the same text, as an index into own
-    labels = corpus.labels[own]
-    differs = labels != labels[first]
+    labels, lines = corpus.labels[own], corpus.line[own]
+    differs = np.flatnonzero(labels != labels[first])
     conflicts = np.isin(first, first[differs])
     if conflicts.any():
-        one, other = own[first[differs][0]], own[differs][0]
-        corpus.notes.append(
-            f"left out {conflicts.sum():,} sentences of {corpus.files[-1]} whose text occurs with more than one label "
-            f"({counted(len(set(first[differs])), 'text')}), such as {read_texts(corpus, [one])[0]!r:.200}: "
-            f"{corpus.classes[corpus.labels[one]]!r:.80} in line {corpus.line[one]}, "
-            f"{corpus.classes[corpus.labels[other]]!r:.80} in line {corpus.line[other]}")
+        one, other = ((lines[index], corpus.classes[labels[index]]) for index in (first[differs[0]], differs[0]))
+        corpus.notes.append(f"left out {conflicts.sum():,} sentences of {path} whose text occurs with more than one "
+                            f"label, such as line {one[0]} ({one[1]!r:.80}) and line {other[0]} ({other[1]!r:.80})")
     repeats = (first != np.arange(len(own))) & ~conflicts
     if repeats.any():
         corpus.notes.append(f"dropped {counted(repeats.sum(), 'repeated sentence')}")
@@ -364,53 +349,43 @@ def read_corpus(files, tokenizer, **reading):
     whatever their case and spacing, texts with more than one label, exact repeats. Raises UserError if a file cannot
     be used: no rows, one class, a row without a label, a label that occurs once. reading: options of `open_table`.
     """
-    tokens, lengths, labels, lines, hashes, exact = (array(kind) for kind in "iiiqQQ")
-    names, sizes, notes, cut = {}, [], [], 0
+    labels, lines, hashes, exact = (array(kind) for kind in "iqQQ")
+    texts, names, sizes, notes = [], {}, [], []
     for path in files:
-        rows, empty = read_file(path, notes, **reading), 0
-        while chunk := list(islice(rows, CHUNK)):
-            texts = []
-            for line, text, label in chunk:
-                if not text.strip():
-                    empty += 1
-                    continue
-                if not label:
-                    raise UserError(f"{path}, line {line}: a text without a label; label it or take it out"
-                                    + UNLABELLED)
-                texts.append(text)
-                labels.append(names.setdefault(label, len(names)))
-                lines.append(line)
-                hashes.append(hash_text(" ".join(text.casefold().split())))
-                exact.append(hash_text(text.strip()))
-            sentences, too_long = tokenize(tokenizer, texts)
-            cut += too_long
-            for ids in sentences:
-                tokens.frombytes(ids.tobytes())
-                lengths.append(len(ids))
+        empty = 0
+        for line, text, label in read_file(path, notes, **reading):
+            if not text.strip():
+                empty += 1
+                continue
+            if not label:
+                raise UserError(f"{path}, line {line}: a text without a label; label it or take it out{UNLABELLED}")
+            texts.append(text)
+            labels.append(names.setdefault(label, len(names)))
+            lines.append(line)
+            hashes.append(hash_text(" ".join(text.casefold().split())))
+            exact.append(hash_text(text.strip()))
         sizes.append(len(lines) - sum(sizes))
         if not sizes[-1]:
             raise UserError(f"{path} holds no sentences; a table needs rows of text and label, a folder one "
                             "subfolder a class with one .txt file a sentence")
         if empty:
             notes.append(f"skipped {counted(empty, 'row')} without text in {path}")
+    sentences, cut = tokenize(tokenizer, texts)
+    tokens = np.concatenate(sentences)
     if cut:
-        tokens_kept = tokenizer.truncation["max_length"]
-        notes.append(f"cut {cut:,} of {counted(len(lines), 'text')} to {tokens_kept} tokens (--max-length)")
-    if unknown := tokens.count(tokenizer.token_to_id("[UNK]")):
-        share = unknown / (len(tokens) - 2 * len(lines))  # without [CLS] and [SEP]
-        notes.append(f"{share:.1%} of the tokens are [UNK]: the vocabulary of the weights lacks them")
-        if share > 0.1:
-            notes[-1] = f"warning: {notes[-1]}; take weights for this language, or multilingual ones, with --weights"
+        notes.append(f"cut {cut:,} of {counted(len(texts), 'text')} to {tokenizer.truncation['max_length']} tokens "
+                     "(--max-length)")
+    unknown = np.count_nonzero(tokens == tokenizer.token_to_id("[UNK]")) / (len(tokens) - 2 * len(texts))
+    if unknown > 0.1:
+        notes.append(f"warning: {unknown:.1%} of the tokens are [UNK], which the vocabulary of the weights lacks: take "
+                     "weights for this language, or multilingual ones, with --weights")
+    elif unknown:
+        notes.append(f"{unknown:.1%} of the tokens are [UNK], which the vocabulary of the weights lacks")
 
-    whole = all(re.fullmatch(r"-?\d+", name) for name in names)
-    classes = sorted(names, key=lambda name: (int(name) if whole else 0, name))
-    spellings = Counter(map(spelling, classes))
-    if alike := [name for name in classes if spellings[spelling(name)] > 1]:
-        notes.append(f"warning: some classes differ in case or number format only: {listed(alike)}")
+    classes = sort_classes(names, notes)
     rank = {name: number for number, name in enumerate(classes)}
-    corpus = Corpus(list(files), reading, classes,
-                    tokens=np.frombuffer(tokens, np.int32),
-                    starts=np.concatenate([[0], np.cumsum(lengths)]),
+    corpus = Corpus(list(files), reading, classes, tokens=tokens,
+                    starts=np.concatenate([[0], np.cumsum([len(ids) for ids in sentences])]),
                     labels=np.array([rank[name] for name in names])[labels],
                     file=np.repeat(np.arange(len(files)), sizes),
                     line=np.array(lines), hashes=np.array(hashes), notes=notes)
@@ -425,9 +400,9 @@ def reading_options(settings):
 
 
 def check_files(settings):
-    """UserError if a file of the user's is missing or its first rows cannot be read."""
+    """UserError if a file of the user's is missing or cannot be read."""
     for path in filter(None, (settings.test, settings.data)):
-        deque(islice(read_file(path, **reading_options(settings)), CHUNK), maxlen=0)
+        open_table(path, [], **reading_options(settings))
 
 
 def load_data(settings, weights, config):
