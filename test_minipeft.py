@@ -29,7 +29,6 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
-import pydoc
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,18 +41,19 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import compare
+import minipeft
 import train
 from benchmarks import parity
 from minipeft import __main__ as command_line, adapter, data, head, lora, micro, model as models
 from minipeft.adapter import (
     Adapter, AdapterLinear, TrainedNorm, adapter_state, add_adapters, load_adapters, remove_adapters)
-from minipeft.bert import Attention, Bert, BertConfig, Block, hugging_face_name, load_bert, load_pooler, read_config
+from minipeft.bert import Bert, BertConfig, Block, hugging_face_name, load_bert, load_pooler, read_config
 from minipeft.head import Classifier, freeze, pool, train_biases
 from minipeft.lab import analysis, explain, figures, memory, plots, rates, report, runs, stats
 from minipeft.lab.plots import Memory, Point
-from minipeft.lab.studies import Contrast, SEARCHES, STUDIES, Study, Variant
+from minipeft.lab.studies import Contrast, SEARCHES, STUDIES, Variant
 from minipeft.lora import LoRALinear, add_lora, load_lora, lora_state, merge_lora, remove_lora
-from minipeft.model import APPLY, Compute, build, describe, predict
+from minipeft.model import Compute, build, describe, predict
 from minipeft.tools import checkpoint, distributed, download, export as interop, fast, files, settings as options, texts
 from minipeft.tools.checkpoint import open_run
 from minipeft.tools.export import save_bert
@@ -108,14 +108,30 @@ def reviews(tmp_path_factory):
     return path
 
 
+def short_run(tiny, reviews, out, technique, *more):
+    """The settings of a short run on the tiny model."""
+    fixed = ["--weights", tiny, "--data", reviews, "--out", out, "--device", "cpu", "--precision", "fp32"]
+    short = ["--max-length", 40, "--epochs", 2, "--batch-size", 16, "--lr", 1e-2]
+    return options.parse([str(part) for part in (technique, *fixed, *short, *more)])
+
+
 @pytest.fixture
 def make_settings(tiny, reviews, tmp_path):
-    """A function that makes settings for a short run on the tiny model: make_settings("lora", "--rank", 4)"""
-    def make(technique, *more, out="run"):
-        fixed = ["--weights", tiny, "--data", reviews, "--out", tmp_path / out, "--device", "cpu"]
-        short = ["--precision", "fp32", "--max-length", 40, "--epochs", 2, "--batch-size", 16, "--lr", 1e-2]
-        return options.parse([str(part) for part in (technique, *fixed, *short, *more)])
-    return make
+    """A function: make_settings("lora", "--rank", 4) -> the settings of a short run."""
+    return lambda technique, *more, out="run": short_run(tiny, reviews, tmp_path / out, technique, *more)
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, reviews, tmp_path_factory):
+    """A function that trains a very short run once: finished("lora", "--rank", 4) -> its folder, not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+
+    def finish(technique, *more):
+        out = folder / "-".join(map(str, (technique, *more)))
+        if not out.exists():
+            train.run(short_run(tiny, reviews, out, technique, "--limit", 64, "--epochs", 1, *more))
+        return out
+    return finish
 
 
 @pytest.fixture(scope="session")
@@ -163,15 +179,19 @@ def rewrite(tiny, folder, change, config=None):
     return folder
 
 
-def truncated(content):
-    return content[: len(content) // 2]
+@pytest.fixture
+def finished_run(finished, tmp_path):
+    """A copy of a run of adapters that has learnt its data."""
+    return shutil.copytree(finished("adapter", "--limit", 400, "--epochs", 2), tmp_path / "run")
 
 
-def over_long_header(content):
-    return (10**15).to_bytes(8, "little") + content[8:]
+def user_error(*parts):
+    """A context in which a UserError of one line with all `parts` is raised."""
+    return pytest.raises(UserError, match="(?s)^(?!.*\n)" + "".join(f"(?=.*{re.escape(part)})" for part in parts))
 
 
 def flipped(content):
+    """One bit of the last tensor is wrong."""
     return content[:-5] + bytes([content[-5] ^ 0x10]) + content[-4:]
 
 
@@ -187,12 +207,14 @@ def tiny_micro(tiny, technique):
     return encoder, micro.Head(32, dropout=0)
 
 
-def test_micro_has_at_most_200_lines_and_works_alone_or_says_how_to_get_its_files(tmp_path):
+def test_micro_has_at_most_200_lines_and_works_alone_or_says_how_to_get_its_files(tmp_path, monkeypatch):
     assert len(inspect.getsource(micro).splitlines()) <= 200
     shutil.copy(micro.__file__, tmp_path)
+    monkeypatch.chdir(tmp_path)
     for words, part in ((["lora"], "python train.py head fetches both"), (["lora", "x"], "head|adapter|lora|full")):
-        run = subprocess.run([sys.executable, "micro.py", *words], cwd=tmp_path, capture_output=True, text=True)
-        assert run.returncode == 1 and part in run.stderr and run.stderr.count("\n") == 1
+        monkeypatch.setattr(sys, "argv", ["micro.py", *words])
+        with pytest.raises(SystemExit, match=re.escape(part)):
+            runpy.run_path(str(tmp_path / "micro.py"), run_name="__main__")
 
 
 def test_real_micro_has_the_encoder_of_the_package_to_the_bit(real):
@@ -324,35 +346,6 @@ def test_a_block_is_torch_s_own_post_norm_layer():
     assert difference[valid].abs().max() < 1e-5
 
 
-def test_real_padding_and_batch_order_leave_a_sentence_as_it_was(real):
-    torch.manual_seed(0)
-    model = Classifier(load_bert(real), 2).eval()
-    tokens, _ = data.tokenize(data.load_tokenizer(real, 128), [text for text, *_ in GOLDEN])
-    with torch.no_grad():
-        together = model(*data.pad(tokens))
-        backwards = model(*data.pad(tokens[::-1], multiple=8)).flip(0)
-        alone = torch.cat([model(torch.from_numpy(ids)[None].long()) for ids in tokens])
-    assert (together - alone).abs().max() < 1e-6
-    assert (together - backwards).abs().max() < 1e-6
-
-
-def test_longest_and_shortest_input(tiny):
-    encoder = load_bert(tiny)
-    longest = encoder.config.max_position_embeddings
-    assert encoder(random_ids(1, longest)).shape == (1, longest, 32)
-    with pytest.raises(ValueError, match="49 tokens.*48 positions"):
-        encoder(random_ids(1, longest + 1))
-    empty, _ = data.tokenize(data.load_tokenizer(tiny, 10), [""])
-    assert encoder(*data.pad(empty)).isfinite().all() and len(empty[0]) == 2  # [CLS] [SEP]
-
-
-def test_dropout_in_the_encoder_drops_in_training_only(tiny):
-    encoder = load_bert(tiny, dropout=0.5)
-    assert torch.equal(encoder(random_ids()), encoder(random_ids()))
-    encoder.train()
-    assert not torch.equal(encoder(random_ids()), encoder(random_ids()))
-
-
 def test_other_checkpoints_names_are_understood(tiny, tmp_path):
     def older(tensors):  # as Google's checkpoints are: a prefix, gamma and beta, heads for pretraining
         old = {}
@@ -362,25 +355,25 @@ def test_other_checkpoints_names_are_understood(tiny, tmp_path):
         return old | {"cls.predictions.bias": torch.zeros(24), "cls.seq_relationship.weight": torch.zeros(2, 32),
                       "bert.embeddings.position_ids": torch.arange(48)[None]}
 
-    with torch.no_grad():
-        expected = load_bert(tiny)(random_ids())
-        assert torch.equal(load_bert(rewrite(tiny, tmp_path / "old", older))(random_ids()), expected)
-        no_pooler = load_bert(rewrite(
-            tiny, tmp_path / "bare", lambda tensors: {k: v for k, v in tensors.items() if "pooler" not in k}))
-        assert load_pooler(tmp_path / "bare") is None and torch.equal(no_pooler(random_ids()), expected)
-        assert same_bits(bits(load_pooler(tmp_path / "old")), bits(load_pooler(tiny)))
-        for prefix in ("_orig_mod.", "module.bert."):  # of torch.compile and DataParallel
-            assert torch.equal(load_bert(rewrite(tiny, tmp_path / "prefix", under(prefix)))(random_ids()), expected)
-        half = load_bert(rewrite(tiny, tmp_path / "half", lambda t: {k: v.half() for k, v in t.items()}))
-        assert half.layers[0].attention.query.weight.dtype == torch.float32
+    expected, extra = load_bert(tiny)(random_ids()), {"architectures": ["BertModel"], "pooler_fc_size": 768}
+    assert torch.equal(load_bert(rewrite(tiny, tmp_path / "old", older))(random_ids()), expected)
+    assert same_bits(bits(load_pooler(tmp_path / "old")), bits(load_pooler(tiny)))
+    for prefix in ("_orig_mod.", "module.bert."):  # of torch.compile and DataParallel
+        assert torch.equal(load_bert(rewrite(tiny, tmp_path / "prefix", under(prefix)))(random_ids()), expected)
+    bare = rewrite(tiny, tmp_path / "bare", without("pooler"), extra)  # as sentence encoders are
+    assert load_pooler(bare) is None and torch.equal(load_bert(bare)(random_ids()), expected)
+    half = load_bert(rewrite(tiny, tmp_path / "half", lambda t: {k: v.half() for k, v in t.items()}))
+    assert half.layers[0].attention.query.weight.dtype == torch.float32
+    for folder in (tiny, bare):  # the head starts from the pooler, if there is one
+        model = build(options.parse(["lora", "--pooling", "cls"]), 2, folder)
+        assert torch.equal(model.head.dense.weight, load_pooler(tiny).weight) == (folder == tiny)
+        assert not any("pooler" in name for name in model.state_dict())  # not counted twice
 
 
 def test_a_loaded_encoder_is_in_memory_in_fp32_and_owns_all_it_computes_with(tiny):
     for module in (load_bert(tiny), load_pooler(tiny)):
         assert {(t.device.type, t.dtype) for t in (*module.parameters(), *module.buffers())} == {("cpu", torch.float32)}
         assert not module.training and all(parameter.requires_grad for parameter in module.parameters())
-    code = "import sys, minipeft; minipeft.load_bert(sys.argv[1]); assert 'sympy' not in sys.modules"  # slow to import
-    subprocess.run([sys.executable, "-c", code, tiny], cwd=ROOT, check=True)
 
 
 def under(prefix):
@@ -405,10 +398,7 @@ def spoilt(tensors):
     (under(""), {"num_hidden_layers": 99_999_999}, ["2 layers", "num_hidden_layers = 99999999"]),
     (under(""), {"num_hidden_layers": 1}, ["2 layers", "num_hidden_layers = 1"]),
     (under(""), {"vocab_size": 900_000_000}, ["word_embeddings.weight has shape (24, 32), not (900000000, 32)"]),
-    (under(""), {"hidden_size": 10**9}, ["(24, 32), not (24, 1000000000)", "more"]),
-    (under(""), {"intermediate_size": 10**9}, ["(64, 32), not (1000000000, 32)"]),
-    (under(""), {"max_position_embeddings": 10**9}, ["(48, 32), not (1000000000, 32)"]),
-    (under(""), {"type_vocab_size": 10**9}, ["(2, 32), not (1000000000, 32)"])])
+    (under(""), {"hidden_size": 10**9}, ["(24, 32), not (24, 1000000000)", "more"])])
 def test_a_checkpoint_that_does_not_fit_is_one_short_line_whatever_its_config_claims(
         tiny, tmp_path, change, config, parts):
     with user_error("model.safetensors", *parts) as error:
@@ -417,24 +407,14 @@ def test_a_checkpoint_that_does_not_fit_is_one_short_line_whatever_its_config_cl
 
 
 @pytest.mark.parametrize("setting, message", [
+    ({"model_type": "distilbert"}, "config.json: model_type = 'distilbert', but only 'bert' is implemented"),
     ({"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),
     ({"hidden_act": "silu"}, "hidden_act = 'silu'"), ({"is_decoder": True}, "is_decoder = True"),
-    ({"num_attention_heads": 5}, "not a multiple"), ({"hidden_size": "32"}, "hidden_size is '32'"),
-    ({"vocab_size": 0}, "vocab_size is 0"), ({"vocab_size": 10**30}, "vocab_size is 1000"),
-    ({"num_hidden_layers": None}, "num_hidden_layers is None"), ({"layer_norm_eps": True}, "layer_norm_eps is True"),
-    ({"layer_norm_eps": math.nan}, "layer_norm_eps is nan")])
+    ({"num_attention_heads": 5}, "not a multiple"), ({"vocab_size": 0}, "vocab_size is 0"),
+    ({"num_hidden_layers": None}, "num_hidden_layers is None")])
 def test_a_config_that_is_not_implemented_is_refused_by_name(tiny, tmp_path, setting, message):
     with user_error(message):
         read_config(rewrite(tiny, tmp_path, under(""), setting))
-
-
-def test_another_architecture_is_refused_by_its_name_alone(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "distilbert", "dim": 768, "n_layers": 6}')
-    with pytest.raises(UserError, match=r"config.json: model_type = 'distilbert', but only 'bert' is implemented$"):
-        load_bert(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "bert", "num_hidden_layers": 2}')
-    with user_error("vocab_size is None", "hidden_size is None"):
-        load_bert(tmp_path)
 
 
 @pytest.mark.parametrize("name, content, parts", [
@@ -580,25 +560,13 @@ def test_a_second_technique_is_refused_with_the_way_out(first, second):
     second(model)
 
 
-@pytest.mark.parametrize("apply", APPLY_TO_SMALL.values(), ids=APPLY_TO_SMALL)
-def test_a_distributed_model_is_refused_since_what_is_added_would_not_be_synchronised(apply):
-    class DistributedDataParallel(nn.Sequential):
-        pass
-    with pytest.raises(ValueError, match="DistributedDataParallel already.*apply a technique before"):
-        apply(DistributedDataParallel(small()))
-
-
-@pytest.mark.parametrize("apply, where", [
-    (lambda model: freeze(model), ""), (lambda model: train_biases(model), ""),
-    (lambda model: add_lora(model, "query", rank=2), ""),
-    (lambda model: add_adapters(model, "query", norms=()), "lightning")])
-def test_a_warning_names_the_whole_head_and_the_line_of_the_caller(tiny, apply, where):
+@pytest.mark.parametrize("apply", [lambda model: freeze(model), lambda model: add_lora(model, "query", rank=2),
+                                   lambda model: add_adapters(model, "query", norms=())])
+def test_a_warning_names_the_whole_head_and_the_line_of_the_caller(tiny, apply):
     model = Classifier(load_bert(tiny), 2)
-    if where == "lightning":  # one level deeper, as a Lightning module holds its model
-        model = nn.Sequential(OrderedDict(model=model))
     with pytest.warns(UserWarning) as caught:
         apply(model)
-    assert len(caught) == 1 and re.search("head.classifier is frozen.*whole new head", str(caught[0].message))
+    assert len(caught) == 1 and "train=('head',)" in str(caught[0].message)
     assert (caught[0].filename, caught[0].lineno) == (__file__, apply.__code__.co_firstlineno)
 
 
@@ -620,7 +588,6 @@ def with_weight(change):
 def test_layers_whose_weights_are_not_plain_and_in_memory_are_refused_by_name(make):
     for name, apply, wrong in (
             ("value", add_lora, {"targets": ("query", "value")}),
-            ("value", add_lora, {"targets": "query", "train": "value"}),
             ("value", add_adapters, {"targets": ("query", "value"), "norms": ()}),
             ("norm", add_adapters, {"targets": "query", "norms": "norm"})):
         model = small()
@@ -631,47 +598,33 @@ def test_layers_whose_weights_are_not_plain_and_in_memory_are_refused_by_name(ma
         assert flags(model) == before and type(model.query) is nn.Linear
 
 
-@pytest.mark.parametrize("name, state_of, load", [
-    ("lora", lora_state, load_lora), ("adapter", adapter_state, load_adapters)])
-def test_a_state_is_neither_taken_from_nor_put_into_a_model_that_is_not_in_memory(name, state_of, load):
-    model = small()
-    APPLY_TO_SMALL[name](model)
-    state = state_of(model)
-    with pytest.raises(ValueError, match="query.* is not in memory"):
-        load(copy.deepcopy(model).to("meta"), state)
-    with pytest.raises(ValueError, match="query.* is not in memory"):
-        state_of(model.to("meta"))
-
-
-@pytest.mark.parametrize("state_of, load, remove", [
-    (lora_state, load_lora, merge_lora), (adapter_state, load_adapters, remove_adapters)])
-def test_the_state_of_a_model_without_the_technique_is_an_error_that_gives_the_order(state_of, load, remove):
+@pytest.mark.parametrize("name, state_of, load, remove", [
+    ("lora", lora_state, load_lora, merge_lora), ("adapter", adapter_state, load_adapters, remove_adapters)])
+def test_a_state_needs_a_model_in_memory_that_has_the_technique(name, state_of, load, remove):
     model, order = small(), "The order is: load the base model, add_lora or add_adapters, train"
     for call in (state_of, lambda model: load(model, {})):
         with pytest.raises(ValueError, match=order):
             call(model)
-    APPLY_TO_SMALL["lora" if state_of is lora_state else "adapter"](model)
-    assert state_of(model) and remove(model)
+    APPLY_TO_SMALL[name](model)
+    state, elsewhere = state_of(model), copy.deepcopy(model).to("meta")
+    for call in (state_of, lambda model: load(model, state)):
+        with pytest.raises(ValueError, match="query.* is not in memory"):
+            call(elsewhere)
+    remove(model)
     with pytest.raises(ValueError, match=order):
         state_of(model)
 
 
-def test_a_lone_layer_is_not_merged_and_an_adapter_of_zeros_not_made():
-    wrapped = random_updates(LoRALinear(nn.Linear(4, 4), 2))
-    before = bits(wrapped)
-    with pytest.raises(ValueError, match="the model itself"):
-        merge_lora(wrapped)
-    assert same_bits(bits(wrapped), before)
-    assert merge_lora(nn.Sequential(wrapped)) == ["0"]
-    with pytest.raises(ValueError, match="init_std positive"):
-        Adapter(4, 2, init_std=0)
-
-
-def test_what_has_nothing_to_train_is_refused():
-    with pytest.raises(ValueError, match="no biases"):
-        train_biases(nn.Linear(2, 2, bias=False))
-    with pytest.raises(ValueError, match="1 is a RMSNorm"):
-        add_adapters(nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4, elementwise_affine=False)), "0", norms="1")
+@pytest.mark.parametrize("call, message", [
+    (lambda: merge_lora(LoRALinear(nn.Linear(4, 4), 2)), "the model itself"),
+    (lambda: Adapter(4, 2, init_std=0), "init_std positive"),
+    (lambda: train_biases(nn.Linear(2, 2, bias=False)), "no biases"),
+    (lambda: freeze(type("DistributedDataParallel", (nn.Sequential,), {})(small())), "apply a technique before"),
+    (lambda: add_adapters(nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4, elementwise_affine=False)), "0", norms="1"),
+     "1 is a RMSNorm")])
+def test_a_call_that_would_have_no_effect_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def transformer():
@@ -816,8 +769,6 @@ def test_what_was_trained_is_given_and_taken_back_all_or_nothing(name, state_of,
     APPLY_TO_SMALL[name](other, train="classifier")
     state, fresh = state_of(random_updates(model)), bits(other)
     assert sum(tensor.numel() for tensor in state.values()) == count(model)
-    for_inference = copy.deepcopy(model).requires_grad_(False)
-    assert state.keys() - state_of(for_inference).keys() == {"classifier.weight", "classifier.bias"}
     first = min(state)
     missing = {name: tensor for name, tensor in state.items() if name != first}
     for wrong, message in ((missing, f"missing: {first} "), (state | {"extra": torch.ones(1)}, "unexpected: extra .1,"),
@@ -826,7 +777,6 @@ def test_what_was_trained_is_given_and_taken_back_all_or_nothing(name, state_of,
             load(other, wrong)
     assert same_bits(bits(other), fresh)
     load(other, state)
-    assert same_bits(state_of(other), state)
     random_updates(model, std=2)
     assert same_bits(state_of(other), state)  # a copy: training on does not change it
 
@@ -853,7 +803,6 @@ def test_a_wrapper_takes_over_the_mode_the_attributes_and_the_arguments_of_its_l
     model = nn.Sequential(Projection(), GatedNorm(4, eps=1e-2)).to(dtype).train(training)
     x, gate = torch.randn(3, 4, dtype=dtype), torch.randn(3, 4, dtype=dtype)
     expected = model[1](hidden=model[0](input=x), gate=gate)
-    model[0]._hook = "private"
     for apply, remove in ((lambda: add_lora(model, "0", dropout=0.5), remove_lora),
                           (lambda: add_adapters(model, "0", init_std=1e-6, norms="1"), remove_adapters)):
         apply()
@@ -861,7 +810,6 @@ def test_a_wrapper_takes_over_the_mode_the_attributes_and_the_arguments_of_its_l
         assert all(module.training == training for module in model.modules())
         assert (proj.in_features, proj.out_features, proj.note, proj.groups, norm.eps) == (4, 4, "mine", 1, 1e-2)
         assert proj.bias.shape == (4,) and (norm.weight.shape, norm.weight.dtype) == ((4,), dtype)
-        assert not hasattr(proj, "_hook") and not hasattr(proj, "nothing")
         output = norm(hidden=proj(input=x), gate=gate)
         assert output.dtype == dtype and torch.allclose(output, expected, atol=1e-4 if dtype == torch.float32 else 0.05)
         if not training:
@@ -919,18 +867,13 @@ def test_a_wrapped_model_can_be_quantised_afterwards(name):
 def test_a_wrapped_model_can_be_compiled_copied_cast_and_called_functionally(name):
     model, x = small(), torch.randn(5, 8)
     APPLY_TO_SMALL[name](model)
-    output = random_updates(model)(x)
+    output, copied = random_updates(model)(x), copy.deepcopy(model)
     assert torch.allclose(torch.compile(model, backend="eager")(x), output, atol=1e-5)
     assert torch.equal(torch.func.functional_call(model, bits(model), (x,)), output)
-    copied = copy.deepcopy(model)
     assert torch.equal(copied(x), output) and count(copied) == count(model)
-    for module in copied.modules():
-        for name in ("weight", "bias", "no_such_attribute"):
-            hasattr(module, name)  # raises nothing
+    assert not any(hasattr(module, "no_such_attribute") for module in copied.modules())
     assert copied.to("meta")(x.to("meta")).shape == output.shape
-    half = model.half()
-    assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
-    assert torch.allclose(half(x.half()).float(), output, atol=0.05)
+    assert torch.allclose(model.half()(x.half()).float(), output, atol=0.05)
 
 
 def test_the_technique_files_share_their_helpers_to_the_letter():
@@ -991,8 +934,8 @@ def test_parameter_counts_of_bert_base_on_the_meta_device(apply, options, expect
 
 
 @pytest.mark.parametrize("read", [
-    lambda x, proj: F.linear(x, proj.weight), lambda x, proj: x @ proj.weight.T, lambda x, proj: proj.weight @ x.T,
-    lambda x, proj: torch.cat([proj.weight, proj.weight]), lambda x, proj: F.linear(x, proj.weight.data, proj.bias)])
+    lambda x, proj: F.linear(x, proj.weight), lambda x, proj: proj.weight @ x.T,
+    lambda x, proj: F.linear(x, proj.weight.data, proj.bias)])
 def test_a_weight_with_an_adapter_is_not_computed_with_and_one_with_lora_is_the_merged_one(read):
     """WavLM, Mamba and Swin read a layer's weight instead of calling the layer."""
     torch.manual_seed(0)
@@ -1000,12 +943,9 @@ def test_a_weight_with_an_adapter_is_not_computed_with_and_one_with_lora_is_the_
     before = read(x, model[0])
     add_adapters(model, "0", norms=())
     weight = model[0].weight
-    assert (weight.dtype, weight.device.type, weight.shape, weight.dim(), weight.requires_grad) == (
-        torch.float32, "cpu", (4, 4), 2, False) and "4" in repr(weight)  # T5 reads the dtype
+    assert (weight.dtype, weight.device.type, weight.shape) == (torch.float32, "cpu", (4, 4))  # T5 reads the dtype
     with pytest.raises(ValueError, match="leaves out the adapter; choose other targets"):
         read(x, model[0])
-    with pytest.raises(ValueError, match="normal_ of the weight"):
-        model[0].weight.data.normal_()
     remove_adapters(model)
     assert torch.equal(read(x, model[0]), before)
     add_lora(model, "0")
@@ -1103,45 +1043,32 @@ def test_merged_lora_equals_unmerged_and_is_rounded_once(tiny, dtype, close):
 
 
 def test_merging_changes_all_layers_or_none():
-    model, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), torch.randn(3, 4)
-    add_lora(model, ("0", "1", "2"), rank=2)
-    expected = random_updates(model, 0.2)(x)
-    before = bits(model)
-
     class Interrupted(LoRALinear):
         @property
         def weight(self):
             raise KeyboardInterrupt
 
-    model[1].__class__ = Interrupted
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            merge_lora(model)
-        assert same_bits(bits(model), before)
-    model[1].__class__ = LoRALinear
+    def interrupt(layer):
+        layer.__class__ = Interrupted
 
     def replace_forward(layer):  # as accelerate does
-        layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
+        layer.linear.forward = lambda x: 2 * x
 
     def add_hook(layer):
-        layer.hook = layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+        layer.linear.register_forward_hook(lambda module, inputs, output: 2 * output)
 
-    def bring_forward_back(layer):
-        layer.forward = nn.Linear.forward.__get__(layer)
+    def pack(layer):
+        with_weight(lambda weight: weight.as_subclass(Packed))(layer.linear)
 
-    for spoil, restore in ((replace_forward, bring_forward_back),
-                           (add_hook, lambda layer: layer.hook.remove()),
-                           (with_weight(lambda weight: weight.as_subclass(Packed)),
-                            with_weight(lambda weight: weight.as_subclass(torch.Tensor)))):
-        spoil(model[2].linear)
-        with pytest.raises(ValueError, match=r"cannot merge into 2 \(Linear\)"):
-            merge_lora(model)
-        restore(model[2].linear)
-        assert same_bits(bits(model), before)
-    assert all(type(layer) is LoRALinear for layer in model) and torch.allclose(model(x), expected, atol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):  # the sum is in fp32 nevertheless
-        assert merge_lora(model) == ["0", "1", "2"]
-    assert torch.allclose(model(x), expected, atol=1e-5)
+    for spoil in (interrupt, replace_forward, add_hook, pack):
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+        add_lora(model, ("0", "1", "2"), rank=2)
+        before = bits(random_updates(model, 0.2))
+        spoil(model[2])
+        for _ in range(2):
+            with pytest.raises((KeyboardInterrupt, ValueError), match=r"^$|cannot merge into 2 \(Linear\)"):
+                merge_lora(model)
+            assert same_bits(bits(model), before) and type(model[0]) is LoRALinear
 
 
 def test_lora_s_dropout_drops_its_own_input_only():
@@ -1162,12 +1089,6 @@ def test_every_technique_starts_with_the_same_head(make_settings, tiny):
     assert all(same_bits(head, heads[0]) for head in heads)
 
 
-def test_cls_pooling_starts_from_the_checkpoint_s_pooler(make_settings, tiny):
-    model = build(make_settings("lora", "--pooling", "cls"), 2, tiny)
-    assert torch.equal(model.head.dense.weight, load_pooler(tiny).weight)
-    assert not any("pooler" in name for name in model.state_dict())  # not counted twice
-
-
 def test_only_the_top_layers(make_settings, tiny):
     for technique in ("lora", "adapter", "full"):
         model = build(make_settings(technique, "--top-layers", 1), 2, tiny)
@@ -1181,8 +1102,6 @@ def test_the_description_multiplies_up_to_the_count(make_settings, tiny):
     for technique in options.TECHNIQUES:
         model = build(make_settings(technique), 2, tiny)
         header, *lines = models.describe(model)
-        columns = {line[header.index("shape") - 2:header.index("shape") + 1] for line in lines}
-        assert all(gap.startswith("  ") and gap.strip() for gap in columns)  # under their headings
         total = sum(int(line.split()[-1].replace(",", "")) for line in lines)
         counts = models.count_parameters(model)
         assert total == counts["trainable"] == counts["technique"] + counts["head"] == count(model)
@@ -1214,15 +1133,6 @@ def test_a_device_that_is_not_there_is_refused_by_name(make_settings, tiny, monk
         fast.choose_compute(make_settings("lora", "--device", "cuda"), load_bert(tiny).config)
 
 
-def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch):
-    assert fast.peak_memory("cpu") > 10
-    monkeypatch.setattr(fast.Path, "read_text", lambda path: "VmRSS:\t5 kB\n")  # /proc without a peak
-    assert fast.peak_memory("cpu") > 10
-    monkeypatch.setattr(fast.Path, "is_file", lambda path: False)  # no /proc
-    monkeypatch.setitem(sys.modules, "resource", None)               # as on Windows
-    assert fast.peak_memory("cpu") is None
-
-
 # -- data.py ----------------------------------------------------------------------------------------------
 
 def corpus_of(*files, tiny, max_length=40, **columns):
@@ -1237,34 +1147,17 @@ def write_files(folder, texts):
     return folder
 
 
-def user_error(*parts):
-    """A context in which a UserError of one line with all `parts` is raised."""
-    return pytest.raises(UserError, match="(?s)^(?!.*\n)" + "".join(f"(?=.*{re.escape(part)})" for part in parts))
-
-
-def spoil_tokenizer(tiny, folder, change):
-    """A copy of the tiny tokenizer, changed as a dict."""
-    content = json.loads((tiny / "tokenizer.json").read_text())
-    change(content)
-    return write_files(folder, {"tokenizer.json": json.dumps(content)})
-
-
-def without_sep(template):
-    del template["special_tokens"]["[SEP]"]
-
-
 @pytest.mark.parametrize("change, part", [
     (lambda c: c.pop("model"), "is missing or not a tokenizer"),
     (lambda c: c.update(post_processor=None), "no template (post_processor) that puts [CLS] and [SEP] around a text"),
-    (lambda c: without_sep(c["post_processor"]), "its template names [SEP], which special_tokens lacks"),
-    (lambda c: (without_sep(c["post_processor"]), c.update(
-        post_processor={"type": "Sequence", "processors": [c["post_processor"]]})), "its template names [SEP]"),
+    (lambda c: c["post_processor"]["special_tokens"].pop("[SEP]"), "its template names [SEP], which special_tokens lacks"),
     (lambda c: c["model"]["vocab"].update(film=500), "token ids up to 500, and the encoder has 24 tokens"),
     (lambda c: c["post_processor"]["special_tokens"]["[SEP]"].update(ids=[24]), "token ids up to 24, and")])
 def test_a_tokenizer_that_does_not_fit_is_one_clear_line(tiny, tmp_path, change, part):
+    content = json.loads((tiny / "tokenizer.json").read_text())
+    change(content)
     with user_error("tokenizer.json", part):
-        data.load_tokenizer(spoil_tokenizer(tiny, tmp_path, change), 40, vocab_size=len(WORDS) + 4)
-    assert data.load_tokenizer(tiny, 40, vocab_size=len(WORDS) + 4).encode("a film").ids == [2, 14, 16, 3]
+        data.load_tokenizer(write_files(tmp_path, {"tokenizer.json": json.dumps(content)}), 40, len(WORDS) + 4)
 
 
 def part_of(text):
@@ -1302,9 +1195,6 @@ def test_a_set_that_lacks_a_class_in_training_is_refused(tmp_path, tiny, reviews
     with user_error("apart.csv: the training set has no sentence labelled 'test'"):
         data.split(corpus_of(path, tiny=tiny))
     assert data.split(corpus_of(path, tiny=tiny), 1)  # dev and test may lack one
-    path.write_text("text,label\ngood film,a\ngood plot,a\nbad film,b\nbad plot,b\n")
-    with user_error("set has no sentence"):
-        data.split(corpus_of(path, tiny=tiny))
 
 
 def sets_of(counts, dev=5):
@@ -1415,46 +1305,37 @@ def refused(settings, capsys, *parts):
 
 @pytest.mark.parametrize("technique", options.TECHNIQUES)
 def test_a_whole_run(make_settings, tiny, capsys, technique):
-    chosen = make_settings(technique, "--epochs", "3", *(["--lr", "0.003"] if technique == "full" else []))
+    chosen = make_settings(technique, "--epochs", 3, "--fold", 3, *(["--lr", 0.003] if technique == "full" else []))
     record = train.run(chosen)
     folder, metrics, counts = Path(chosen.out), record["metrics"], record["parameters"]
     assert checkpoint.read_record(folder / "run.json") == json.loads(json.dumps(record))
     assert {path.name for path in folder.iterdir()} == {
         "run.json", "model.safetensors", "predictions.csv", "curves.png"}
     least = 0.6 if technique in ("head", "bitfit") else 0.9  # an easy task, but the frozen weights are random
-    assert metrics["test_accuracy"] > least and metrics["train_accuracy"] > least
+    assert metrics["test_accuracy"] > least and f"{metrics['test_accuracy']:.1%}" in capsys.readouterr().out
     assert [row["epoch"] for row in record["history"]] == [1, 2, 3]
-    logits, labels = np.array(record["test"]["logits"]), record["test"]["labels"]
-    assert (logits.argmax(1) == labels).mean() == pytest.approx(metrics["test_accuracy"])
-    assert log_loss(logits, labels) == pytest.approx(metrics["test_loss"], abs=1e-4)
+
+    corpus, (model, *_) = corpus_of(chosen.data, tiny=tiny), open_run(folder)
+    for name, part in zip(("train", "dev", "test"), data.split(corpus, 3)):
+        logits, labels = predict(model, corpus.sentences(part)), corpus.labels[part]
+        assert (logits.argmax(1) == labels).mean() == pytest.approx(metrics[f"{name}_accuracy"])
+        assert log_loss(logits, labels) == pytest.approx(metrics[f"{name}_loss"], abs=1e-4)
+        if name != "train":
+            assert record[name]["lines"] == corpus.line[part].tolist()
+            recorded = np.array(record[name]["logits"])  # of the first class: 0
+            assert np.abs(logits - logits[:, :1] - recorded).max() < 1e-3
     table = list(csv.DictReader((folder / "predictions.csv").open()))
-    tested = [row for row in table if row["set"] == "test"]
+    right = [row["prediction"] == row["label"] for row in table if row["set"] == "test"]
     assert len(table) == record["sentences"]["dev"] + record["sentences"]["test"]
-    assert np.mean([row["prediction"] == row["label"] for row in tested]) == pytest.approx(metrics["test_accuracy"])
+    assert np.mean(right) == pytest.approx(metrics["test_accuracy"])
+
     saved = load_file(folder / "model.safetensors")
     assert sum(tensor.numel() for tensor in saved.values()) == counts["trainable"]
-    base = {name: tensor.numel() for name, tensor in load_bert(tiny).state_dict().items() if "pooler" not in name}
+    base = {name: tensor.numel() for name, tensor in load_bert(tiny).state_dict().items()}
     expected = {"head": 0, "bitfit": sum(size for name, size in base.items() if "bias" in name),
                 "full": sum(base.values()),
                 "adapter": 4 * (2 * 32 * 32 + 32 + 32) + 4 * 64, "lora": 2 * 8 * (4 * (32 + 32) + 2 * (32 + 64))}
     assert counts["technique"] == expected[technique] and counts["head"] == 32 * 32 + 32 + 32 * 2 + 2
-    printed = capsys.readouterr().out
-    assert f"{metrics['test_accuracy']:.1%}" in printed and str(folder) in printed
-    own = {text: label for text, label in csv.reader(Path(chosen.data).read_text().splitlines())}
-    for label, text in re.findall(r"but labelled (\w+): (.+)", printed):
-        assert own[text] == label
-    assert ("mistakes on dev" in printed) == (metrics["dev_accuracy"] < 1)
-
-
-def test_metrics_are_those_of_the_opened_run_on_the_parts_of_its_fold(make_settings, tiny):
-    chosen = make_settings("lora", "--fold", 3)
-    record, (model, *_) = train.run(chosen), open_run(chosen.out)
-    corpus = corpus_of(chosen.data, tiny=tiny)
-    for name, part in zip(("train", "dev", "test"), data.split(corpus, 3)):
-        right = predict(model, corpus.sentences(part)).argmax(1) == corpus.labels[part]
-        assert right.mean() == pytest.approx(record["metrics"][f"{name}_accuracy"])
-        if name != "train":
-            assert record[name]["lines"] == corpus.line[part].tolist()
 
 
 def test_every_technique_has_the_same_order_of_data_new_in_each_epoch_and_new_dropout_in_each_step(
@@ -1495,23 +1376,8 @@ def test_dev_is_measured_as_often_as_asked_and_after_the_last_epoch_and_changes_
     assert metrics == others and rest == others_rest
 
 
-def test_an_epoch_that_ended_before_an_interruption_is_not_measured_with_later_weights(make_settings, monkeypatch):
-    stop_at(monkeypatch, 30)  # in the second epoch
-    assert run_program(make_settings("lora", "--save-every", 7, "--eval-every", 2)) == 130
-    record = train.run(make_settings("lora", "--resume"))  # measures every epoch
-    assert [row["epoch"] for row in record["history"]] == [2]
-
-
-def test_the_same_command_gives_the_same_bits_and_another_seed_others(make_settings):
-    one, two = make_settings("lora", out="one"), make_settings("lora", out="two")
-    other = make_settings("lora", "--seed", 1, out="other")
-    for chosen in (one, two, other):
-        train.run(chosen)
-    assert result(one) == result(two) and result(one)[-1] != result(other)[-1]
-
-
-@pytest.mark.parametrize("technique, more", [("lora", ["--lora-dropout", 0.2, "--dropout", 0.1]), ("adapter", []),
-                                             ("head", []), ("full", ["--head-lr", 0.02])])
+@pytest.mark.parametrize("technique, more", [
+    ("lora", ["--lora-dropout", 0.2, "--dropout", 0.1]), ("head", []), ("full", ["--head-lr", 0.02])])
 def test_a_run_interrupted_at_three_steps_ends_in_the_same_bits(make_settings, monkeypatch, technique, more):
     whole = make_settings(technique, *more, out="whole")
     broken = make_settings(technique, *more, "--save-every", 7, out="broken")
@@ -1520,18 +1386,13 @@ def test_a_run_interrupted_at_three_steps_ends_in_the_same_bits(make_settings, m
     interruptions = 0
     while run_program(broken) == 130:
         interruptions += 1
-        saved = (Path(broken.out) / "state.safetensors").exists()  # it holds all settings
-        broken = (options.parse([technique, "--resume", "--save-every", "7", "--out", broken.out]) if saved else
-                  make_settings(technique, *more, "--save-every", 7, "--resume", out="broken"))
         assert not (Path(broken.out) / "run.json").exists()
+        if (Path(broken.out) / "state.safetensors").exists():  # it holds all settings
+            broken = options.parse([technique, "--resume", "--save-every", "7", "--out", broken.out])
+        else:
+            broken.resume = True
     assert interruptions == 3 and result(whole) == result(broken)
     assert not (Path(broken.out) / "state.safetensors").exists()
-
-
-def command(settings, *more):
-    """The command line of `settings`, for a process of its own."""
-    words = options.command(settings).split()[2:]
-    return [sys.executable, str(ROOT / "train.py"), *words, "--out", settings.out, *more]
 
 
 DIE_AT_STEP_13 = """
@@ -1547,14 +1408,16 @@ train.run(train.options.parse(sys.argv[1:]))
 """
 
 
-def test_a_killed_process_resumes_to_the_same_bits(make_settings):
+def test_a_killed_process_resumes_to_the_same_bits(make_settings, capsys):
     whole, killed = make_settings("lora", out="whole"), make_settings("lora", "--save-every", 5, out="killed")
     train.run(whole)
-    first, again = command(killed), command(killed, "--resume")
-    died = subprocess.run([sys.executable, "-c", DIE_AT_STEP_13, *first[2:]], cwd=ROOT, stdout=subprocess.DEVNULL)
+    words = shlex.split(options.command(killed))[2:]
+    died = subprocess.run([sys.executable, "-c", DIE_AT_STEP_13, *words, "--out", killed.out], cwd=ROOT,
+                          stdout=subprocess.DEVNULL)
     assert died.returncode == 9 and not (Path(killed.out) / "run.json").exists()
-    done = subprocess.run(again, check=True, capture_output=True, text=True)
-    assert "resuming after step 10" in done.stdout and result(whole) == result(killed)
+    capsys.readouterr()
+    assert run_program(make_settings("lora", "--resume", out="killed")) == 0
+    assert "resuming after step 10" in capsys.readouterr().out and result(whole) == result(killed)
 
 
 def test_a_second_process_on_the_same_folder_is_refused(make_settings, capsys):
@@ -1568,19 +1431,18 @@ def test_a_second_process_on_the_same_folder_is_refused(make_settings, capsys):
     assert run_program(chosen) == 0
 
 
-def test_resume_refuses_another_run_and_repeats_no_finished_one(make_settings, capsys, tmp_path, tiny):
+def test_resume_refuses_another_run_and_repeats_no_finished_one(make_settings, capsys):
     chosen = make_settings("lora")
     train.run(chosen)
     before = result(chosen)
-    assert run_program(make_settings("lora")) == 2 and "holds a run already" in capsys.readouterr().err
-    assert run_program(make_settings("lora", "--resume")) == 0 and "finished already" in capsys.readouterr().out
-    assert run_program(make_settings("lora", "--resume", "--rank", 4)) == 2
-    assert "was started with --rank 8, not 4" in capsys.readouterr().err
-    assert run_program(make_settings("head", "--resume")) == 2 and "a run of lora, not of head" in capsys.readouterr().err
+    for technique, more, code, said in (
+            ("lora", [], 2, "holds a run already"), ("lora", ["--resume"], 0, "finished already"),
+            ("lora", ["--resume", "--rank", 4], 2, "was started with --rank 8, not 4"),
+            ("head", ["--resume"], 2, "a run of lora, not of head")):
+        assert run_program(make_settings(technique, *more)) == code
+        assert said in "".join(capsys.readouterr())
     assert result(chosen) == before
     assert run_program(make_settings("lora", "--overwrite", "--rank", 4)) == 0 and result(chosen) != before
-    assert run_program(make_settings("head", "--resume", out="new")) == 0
-    assert "starting at the first step" in capsys.readouterr().out
 
 
 def test_resume_keeps_the_measured_precision_and_refuses_other_data_and_other_weights(
@@ -1604,41 +1466,19 @@ def test_resume_keeps_the_measured_precision_and_refuses_other_data_and_other_we
 
 
 @pytest.mark.parametrize("more", [[], ["--resume"], ["--overwrite"]])
-def test_a_folder_that_holds_no_run_is_never_touched(make_settings, tmp_path, capsys, more):
-    downloads = tmp_path / "downloads"
-    downloads.mkdir()
+def test_a_run_touches_only_what_a_run_wrote(make_settings, tmp_path, capsys, more):
     for name in ("thesis.txt", "film.mp4.123.part", "model.safetensors.9.part"):
-        (downloads / name).write_text("precious")
-    assert run_program(make_settings("lora", *more, out="downloads")) == 2
+        write_files(tmp_path / "downloads", {name: "precious"})
+    assert run_program(make_settings("head", *more, out="downloads")) == 2
     assert "holds other files" in capsys.readouterr().err
-    assert {path.read_text() for path in downloads.iterdir()} == {"precious"} and len(list(downloads.iterdir())) == 3
-
-
-def test_a_run_deletes_only_what_a_run_wrote(make_settings, tmp_path):
-    train.run(make_settings("head"))
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    (tmp_path / "run" / "state.safetensors.77.part").mkdir()  # left by a kill
-    train.run(make_settings("head", "--overwrite"))
-    names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert "notes.txt" in names and "state.safetensors.77.part" not in names
-
-
-def test_a_run_resumed_on_another_machine_warns_and_its_record_names_both(make_settings, capsys, monkeypatch):
-    name = checkpoint.processor("cpu")
-    stop_at(monkeypatch, 8, 15)
-    assert run_program(make_settings("lora", "--save-every", 5)) == 130
-    monkeypatch.setattr(checkpoint, "processor", lambda device: "another processor")
-    assert run_program(make_settings("lora", "--save-every", 5, "--resume")) == 130
-    assert "resumes with another processor: the last bits may differ" in capsys.readouterr().out
-    assert train.run(make_settings("lora", "--resume"))["machine"]["processor"] == f"{name}, then another processor"
-
-
-def test_the_peak_memory_of_a_resumed_run_is_that_of_all_its_processes(make_settings, monkeypatch):
-    peaks = iter([700, 900, 400])
-    monkeypatch.setattr(fast, "peak_memory", lambda device: next(peaks, 300))
-    stop_at(monkeypatch, 12)
-    assert run_program(make_settings("lora", "--epochs", 1, "--save-every", 5)) == 130
-    assert train.run(make_settings("lora", "--epochs", 1, "--resume"))["metrics"]["peak_memory_mb"] == 900
+    assert [path.read_text() for path in (tmp_path / "downloads").iterdir()] == ["precious"] * 3
+    if more == ["--overwrite"]:
+        train.run(make_settings("head"))
+        (tmp_path / "run" / "notes.txt").write_text("mine")
+        (tmp_path / "run" / "state.safetensors.77.part").mkdir()  # left by a kill
+        train.run(make_settings("head", "--overwrite"))
+        names = {path.name for path in (tmp_path / "run").iterdir()}
+        assert "notes.txt" in names and "state.safetensors.77.part" not in names
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_state(make_settings, monkeypatch, capsys):
@@ -1657,22 +1497,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_state(
     assert "step 15" in checkpoint.read_record(Path(chosen.out) / "run.json")["failed"]
 
 
-def test_loss_and_accuracy_do_not_depend_on_the_batches(make_settings, tiny, reviews, monkeypatch):
-    corpus, indices = corpus_of(reviews, tiny=tiny), np.arange(101)
-    model, batches = build(make_settings("lora"), 2, tiny).eval(), data.batches_of_tokens
-
-    def score():
-        return train.score(predict(model, corpus.sentences(indices)), corpus.labels[indices])
-
-    whole = score()
-    for budget in (1, 50, 100_000):
-        monkeypatch.setattr(data, "batches_of_tokens", lambda lengths: batches(lengths, budget))
-        assert score() == pytest.approx(whole, abs=1e-6)
-    logits = torch.from_numpy(predict(model, corpus.sentences(indices))).double()
-    by_hand = -np.log(logits.softmax(1).numpy()[indices, corpus.labels[indices]]).mean()
-    assert whole[0] == pytest.approx(by_hand, abs=1e-9)
-
-
 @pytest.mark.parametrize("technique, option", [
     ("full", "--head-dropout"), ("full", "--dropout"), ("lora", "--lora-dropout")])
 def test_evaluation_has_no_dropout_and_training_has(make_settings, tiny, technique, option):
@@ -1681,26 +1505,6 @@ def test_evaluation_has_no_dropout_and_training_has(make_settings, tiny, techniq
     for training in (True, False):
         model.train(training)
         assert torch.equal(model(random_ids()), model(random_ids())) != training
-
-
-def test_cached_features_of_a_frozen_encoder_train_the_same_head(make_settings, tiny, reviews):
-    chosen = make_settings("head", "--head-dropout", 0, "--epochs", 1)
-    train.run(chosen)
-    corpus, train_set, *_ = texts.load_data(chosen, tiny, read_config(tiny))
-    model = build(chosen, 2, tiny).train()
-    optimizer = train.make_optimizer(model, chosen)
-    batches = data.batches_of_like_length(corpus.lengths[train_set], 16, np.random.default_rng([0, 0]))
-    for step, batch in enumerate(batches, 1):
-        indices = train_set[batch]
-        loss = F.cross_entropy(model(*data.pad(corpus.sentences(indices))), torch.from_numpy(corpus.labels[indices]))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.head.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = chosen.lr * train.schedule(step, len(batches), chosen)
-        optimizer.step()
-        optimizer.zero_grad()
-    for name, tensor in load_file(Path(chosen.out) / "model.safetensors").items():
-        assert torch.allclose(tensor, model.state_dict()[name], atol=1e-4)
 
 
 def test_learning_rate_by_hand(make_settings):
@@ -1750,16 +1554,12 @@ def test_the_loop_is_adamw_with_clipping_as_written_by_hand(make_settings, tiny,
         assert (saved["head." + name] - parameter).abs().max() < 2e-5
 
 
-def test_bf16_trains_and_tests_in_bf16_and_keeps_what_is_trained_in_fp32(make_settings, monkeypatch):
-    chosen, dtypes, attend = make_settings("lora", "--precision", "bf16", "--epochs", 3), set(), Attention.attend
-    monkeypatch.setattr(fast, "speed_up", lambda *arguments: [])  # the plain modules, to look at one of them
-    monkeypatch.setattr(Attention, "attend", lambda self, query, *rest: (
-        dtypes.add((self.training, query.dtype)), attend(self, query, *rest))[1])
+def test_bf16_trains_and_keeps_what_is_trained_in_fp32(make_settings):
+    chosen = make_settings("lora", "--precision", "bf16", "--epochs", 3)
     record = train.run(chosen)
-    assert dtypes == {(True, torch.bfloat16), (False, torch.bfloat16)}
     assert record["machine"]["precision"] == "bf16" and record["metrics"]["test_accuracy"] > 0.9
     saved = load_file(Path(chosen.out) / "model.safetensors")
-    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 def test_three_classes_and_a_test_file(make_settings, tmp_path):
@@ -1783,36 +1583,28 @@ def test_a_setting_that_does_not_fit_is_one_clear_line(make_settings, capsys, mo
     refused(make_settings("lora", *more), capsys, part)
 
 
-def test_without_a_terminal_progress_is_plain_lines(make_settings, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
-    with files.progress_bar(total=10) as bar:
-        assert bar.mininterval == bar.delay == 30 and bar.maxinterval > 30  # seconds between lines
-        bar.fp.write("\r  50% done   ")
-        bar.fp.write("\r   \n")
-    printed = capsys.readouterr()
-    assert printed.err == "50% done\n" and not printed.out  # standard output belongs to predictions
-
-
-def test_in_a_terminal_an_epoch_has_a_line_of_its_own(make_settings, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(sys, "stderr", sys.stdout)
-    train.run(make_settings("lora"))
-    assert re.findall(r"(.)epoch \d ", capsys.readouterr().out, re.S) == ["\r", "\r"]
-
-
 # -- tools/settings.py ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("words, part", [
-    ("lora --rank 0", "--rank: 0 is not at least 1"), ("head --rank 8", "unrecognized arguments: --rank"),
-    ("adapter --rslora", "unrecognized arguments: --rslora"), ("lora --lr fast", "--lr"), ("lora --lr nan", "--lr"), ("lora --lr inf", "--lr"), ("lora --alpha inf", "--alpha"),
-    ("prompt", "prompt"), ("lora --fold 10", "--fold"), ("lora --test t.csv", "--test needs --data"),
-    ("lora --data d.csv --test t.csv --fold 1", "--fold"), ("lora --dropout 2", "--dropout"), ("lora --res", "--res"),
-    ("lora --resume --overwrite", "not allowed with"), ("lora --data caf\udce9.csv", r"'caf\udce9.csv' is not UTF-8")])
-def test_a_wrong_option_is_one_clear_line(capsys, words, part):
+@pytest.mark.parametrize("program, line, part", [
+    (options, "lora --rank 0", "--rank: 0 is not at least 1"), (options, "head --rank 8", "unrecognized arguments: --rank"),
+    (options, "adapter --rslora", "unrecognized arguments: --rslora"), (options, "lora --lr fast", "--lr"),
+    (options, "lora --lr nan", "--lr"), (options, "lora --alpha inf", "--alpha"), (options, "prompt", "prompt"),
+    (options, "lora --fold 10", "--fold"), (options, "lora --test t.csv", "--test needs --data"),
+    (options, "lora --data d.csv --test t.csv --fold 1", "--fold"), (options, "lora --dropout 2", "--dropout"),
+    (options, "lora --res", "--res"), (options, "lora --resume --overwrite", "not allowed with"),
+    (options, "lora --data caf\udce9.csv", r"'caf\udce9.csv' is not UTF-8"),
+    (options, "head --separator ab", "'ab' is not one character"),
+    (options, "head --encoding rot13", "'rot13' is not an encoding"),
+    (compare, "--folds 11", "--folds"), (compare, "--test b", "needs --data"), (compare, "--rank 4", "--rank"),
+    (compare, "--study data --limit 9", "--limit is set"), (compare, "--quick --epochs 2", "--epochs is set"),
+    (compare, "--rates prompt", "prompt"), (compare, "--report --data a", "by the records"),
+    (compare, "--rates --folds 2", "--folds"), (compare, "--study nothing", "nothing"),
+    (compare, "--search --quick", "--search")])
+def test_a_wrong_option_is_one_clear_line(capsys, program, line, part):
     with pytest.raises(SystemExit) as stop:
-        options.parse(words.split())
+        program.parse(line.split())
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and part in error and "--help" in error
+    assert stop.value.code == 2 and error.count("\n") == 1 and part in error
 
 
 @pytest.mark.parametrize("words", ["head", "lora --rank 4 --targets query value --rslora --fold 3",
@@ -1851,10 +1643,8 @@ ROWS = 'good film{0}1\n"bad film, very bad"{0}0\n"""fine"" cast"{0}1\ndull plot{
     ("bom.csv", '\ufefflabel,more,text\r\n1,x,good film\r\n0,x,"bad film, very bad"\r\n1,"x\r\ny","""fine"" cast"\r\n'
                 '0,x,dull plot', [2, 3, 4, 6]),
     ("capital.CSV", "Text,LABEL\n" + ROWS.format(","), [2, 3, 4, 5]),
-    ("semicolon.csv", "text;label\n" + ROWS.format(";"), [2, 3, 4, 5]),
     ("excel.csv", "sep=;\r\ntext;label\r\n" + ROWS.format(";"), [3, 4, 5, 6]),
     ("joined.csv", "text,label\n" + ROWS.format(",") + "\ufefftext,label\n", [2, 3, 4, 5]),
-    ("tab.csv", "text\tlabel\n" + ROWS.format("\t"), [2, 3, 4, 5]),
     ("one_name.tsv", "sentence\tlabel\n" + ROWS.format("\t"), [2, 3, 4, 5]),
     ("pandas.tsv", 'more\ttext\tlabel\n"x\ny"\tgood film\t1\n\tbad film, very bad\t0\n\t"""fine"" cast"\t1\n'
                    '""\tdull plot\t0', [2, 4, 5, 6]),
@@ -1868,20 +1658,15 @@ ROWS = 'good film{0}1\n"bad film, very bad"{0}0\n"""fine"" cast"{0}1\ndull plot{
      [1, 2, 3, 4])])
 def test_the_same_table_is_read_in_every_form(tmp_path, tiny, name, content, lines):
     path = write_files(tmp_path, {name: content}) / name
-    assert [row[1:] for row in texts.read_file(path) if row[1]] == TABLE
     corpus = corpus_of(path, tiny=tiny)
     assert corpus.classes == ["0", "1"] and corpus.labels.tolist() == [1, 0, 1, 0] and corpus.line.tolist() == lines
-    assert texts.read_texts(corpus, [2, 0]) == [TABLE[2][0], TABLE[0][0]]
+    assert texts.read_texts(corpus, [3, 2, 1, 0]) == [text for text, _ in TABLE[::-1]]
 
 
-@pytest.mark.parametrize("content, reading, text", [
-    ("caf\u00e9".encode("cp1252"), {}, "caf\u00e9"), ("caf\u00e9".encode("utf-16"), {}, "caf\u00e9"),
-    ("\u597d\u7684".encode("gb18030"), {"encoding": "gb18030"}, "\u597d\u7684"),
-    ("caf\u00e9".encode("utf-16-le"), {"encoding": "utf-16-le"}, "caf\u00e9")])
-def test_a_text_is_read_in_its_encoding(tmp_path, content, reading, text):
-    encoding = reading.get("encoding") or ("utf-16-le" if content[:2] == b"\xff\xfe" else "ascii")
-    path = write_files(tmp_path, {"a.csv": content + ",pos\n".encode(encoding)}) / "a.csv"
-    assert list(texts.read_file(path, **reading)) == [(1, text, "pos")]
+@pytest.mark.parametrize("content, encoding", [("caf\u00e9", "cp1252"), ("\u597d\u7684", "gb18030")])
+def test_a_text_is_read_in_the_encoding_that_is_given(tmp_path, content, encoding):
+    path = write_files(tmp_path, {"a.csv": f"{content},pos\n".encode(encoding)}) / "a.csv"
+    assert list(texts.read_file(path, encoding=encoding)) == [(1, content, "pos")]
 
 
 @pytest.mark.parametrize("names, expected", [
@@ -1895,29 +1680,15 @@ def test_classes_that_are_whole_numbers_are_sorted_by_value(tmp_path, tiny, name
 
 def test_a_folder_with_one_subfolder_a_class_is_a_data_set(tmp_path, tiny):
     folder = write_files(tmp_path / "train", {
-        "pos/1_9.txt": "good\nfilm\n", "neg/10_2.txt": "dull plot", "neg/2_1.TXT": "bad film", "pos/0_7.txt": "fine",
-        "unsup/0_0.txt": "a film", "pos/.hidden.txt": "x", "pos/readme.md": "x", "urls_pos.txt": "x", ".x/a.txt": "x",
-        "pos/deeper/1.txt": "x", "__MACOSX/pos/._1_9.txt": "x"})
+        "pos/1_9.txt": "good\nfilm\n", "neg/10_2.txt": "dull plot", "neg/2_1.TXT": b"weak caf\xe9", "pos/0_7.txt": "fine",
+        "unsup/0_0.txt": "a film", "pos/.hidden.txt": "x", "pos/readme.md": "x", "pos/deeper/1.txt": "x",
+        "__MACOSX/pos/._1_9.txt": "x"})
     corpus = corpus_of(folder, tiny=tiny)
     assert corpus.classes == ["neg", "pos"] and corpus.labels.tolist() == [0, 0, 1, 1]
-    assert corpus.line.tolist() == [1, 2, 3, 4]
-    assert texts.read_texts(corpus, [3, 0, 2, 1]) == ["good\nfilm", "dull plot", "fine", "bad film"]
-    assert corpus.notes == [
-        f"left out of {folder}: 1 file in ., 1 file in .x, 1 file in __MACOSX/pos, 2 files in pos, 1 file in "
-        "pos/deeper, 1 file in unsup (the texts of a class are the .txt files in its folder)"]
-    more = write_files(tmp_path / "more", {"neg/1.txt": "slow", "neg/2.txt": b"weak caf\xe9", "pos/1.txt": "warm",
-                                            "pos/2.txt": b"funny caf\xe9"})
-    both = corpus_of(folder, more, tiny=tiny)
-    assert (f"{more}/neg/2.txt, line 1: not UTF-8; such characters are read as Windows-1252 (--encoding names another); "
-            "2 such files") in both.notes
-    assert both.file.tolist() == [0] * 4 + [1] * 4 and texts.read_texts(both, [0, 4]) == ["dull plot", "slow"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such name")
-def test_a_class_folder_whose_name_is_not_utf_8_is_refused(tmp_path, tiny):
-    folder = write_files(tmp_path / "data", {"pos/a.txt": "good", "caf\udce9/b.txt": "bad"})
-    with user_error(f"{folder}, line 1: the label 'caf\\udce9' is neither a text"):
-        corpus_of(folder, tiny=tiny)
+    assert texts.read_texts(corpus, [3, 0, 2, 1]) == ["good\nfilm", "dull plot", "fine", "weak caf\u00e9"]
+    notes = "\n".join(corpus.notes)
+    assert f"left out of {folder}: 1 file in __MACOSX/pos, 2 files in pos, 1 file in pos/deeper, 1 file in unsup" in notes
+    assert f"{folder}/neg/2_1.TXT, line 1: not UTF-8; such characters are read as Windows-1252" in notes
 
 
 def test_the_fingerprint_of_a_folder_depends_on_names_and_contents_of_its_texts_only(tmp_path, reviews):
@@ -1936,9 +1707,6 @@ GOOD = "text,label\n" + "".join(f"good film {word},pos\nbad film {word},neg\n" f
 @pytest.mark.parametrize("name, content, note", [
     ("a.csv", GOOD.encode() + b"caf\xe9 a,pos\ncaf\xe9 b,neg\n",
      "{path}, line 42: not UTF-8; such characters are read as Windows-1252 (--encoding names another)"),
-    ("a.tsv", GOOD.replace(",", "\t") + '"fine" cast\tpos\n"cast"\tpos\n',
-     "{path}: not every field that begins with a quotation mark ends with one, so quotation marks are part of the text "
-     "(2 fields)"),
     ("a.tsv", GOOD.replace(",", "\t") + '"fine cast\tpos\n"dull film\tneg\nfine"\tpos\n',  # marks of other rows
      "{path}: not every field that begins with a quotation mark ends with one, so quotation marks are part of the text "
      "(2 fields)"),
@@ -1951,22 +1719,18 @@ GOOD = "text,label\n" + "".join(f"good film {word},pos\nbad film {word},neg\n" f
     ("a.csv", GOOD + "sushi,pos\n", "0.8% of the tokens are [UNK], which the vocabulary of the weights lacks"),
     ("a.csv", GOOD + "sushi ramen " * 9 + ",pos\n",
      "warning: 13.0% of the tokens are [UNK], which the vocabulary of the weights lacks: take weights for this "
-     "language, or multilingual ones, with --weights"),
-    ("a.csv", GOOD + ",pos\n", "skipped 1 row without text in {path}"),
-    ("a.csv", GOOD + "good film a,pos\n", "dropped 1 repeated sentence")])
+     "language, or multilingual ones, with --weights")])
 def test_what_is_left_out_or_read_in_a_second_way_is_noted(tmp_path, tiny, name, content, note):
     path = write_files(tmp_path, {name: content}) / name
     assert note.format(path=path) in corpus_of(path, tiny=tiny).notes
 
 
 @pytest.mark.parametrize("name, content, parts", [(name, content, parts) for name, content, *parts in [
-    ("mine.csv", "", "mine.csv holds no sentences"),
     ("mine.csv", "text,label\n,pos\n  ,neg\n", "mine.csv holds no sentences"),
     ("mine.csv", "text,label\na,pos\nb,pos\n", "every label is 'pos'"),
     ("mine.csv", GOOD.replace("text,label", "review,stars"), "line 1: ", "1 sentence labelled 'stars'",
      "--label-column"),
     ("mine.csv", "id,text,class\n1,good,a\n", "no column 'label' but 'id', 'text', 'class'", "--label-column"),
-    ("mine.csv", "sentence\ngood\n", "no column 'text' but 'sentence'", "--text-column"),
     ("mine.csv", GOOD + "once,more\n", "line 42: ", "1 sentence labelled 'more'"),
     ("mine.csv", GOOD + "no label,\n", "line 42", "without a label"),
     ("mine.csv", GOOD + "one, two,pos\n", "line 42", "3 columns where the first line has 2"),
@@ -1974,18 +1738,13 @@ def test_what_is_left_out_or_read_in_a_second_way_is_noted(tmp_path, tiny, name,
     ("mine.csv", GOOD.encode() + b"\x81,pos\n", "line 42: not plain text", "--encoding"),
     ("mine.csv", GOOD + "nul\0,pos\n", "line 42: not plain text", "NUL byte"),
     ("mine.csv.gz", GOOD, "mine.csv.gz could not be read (Not a gzipped file"),
-    ("mine.csv.gz", gzip.compress(GOOD.encode())[:-20], "mine.csv.gz could not be read (Compressed file ended"),
     *(("mine.jsonl", f'{{"text": "fine", "label": 1}}\n{line}\n', "mine.jsonl, line 2") for line in (
-        "not json", '["a"]', '[{"text": "a", "label": 1}]', '{"text": "a"}', '{"text": 3, "label": 1}', '{"label": 1}',
-        '{"text": "a", "label": []}', '{"text": "a", "label": null}', '{"text": "a", "label": NaN}',
-        '{"text": "\\ud800", "label": 1}', "[" * 100_000)),
+        "not json", '["a"]', '{"text": "a"}', '{"text": 3, "label": 1}', '{"text": "a", "label": []}',
+        '{"text": "a", "label": null}', '{"text": "a", "label": NaN}', '{"text": "\\ud800", "label": 1}')),
     ("mine.json", '[{"text": "fine", "label": 1}, 3]', "mine.json, line 2: not a JSON object (3)"),
-    ("mine.json", '[{"text": "fine", "label": 1}', "mine.json, line 1: not a JSON object"),
     ("flat/a.txt", "good", "flat holds no sentences"),
-    ("a/pos/1.md", "good", "pos holds no .txt file, but each subfolder is a class"),
-    ("a/pos/deeper/1.txt", "good", "pos holds no .txt file"),
-    ("a/pos/1.txt", b"\x81", "pos/1.txt, line 1: not plain text"),
-    ("a/pos/1.txt/file", "good", "pos/1.txt could not be read")]])
+    ("a/pos/deeper/1.txt", "good", "pos holds no .txt file, but each subfolder is a class"),
+    ("a/pos/1.txt", b"\x81", "pos/1.txt, line 1: not plain text")]])
 def test_a_file_or_folder_that_cannot_be_used_is_one_clear_line(tmp_path, tiny, name, content, parts):
     write_files(tmp_path, {name: content})
     with user_error(*parts):
@@ -2068,64 +1827,28 @@ def test_each_row_of_a_test_file_is_scored_and_nothing_like_it_is_trained_on(tmp
         corpus_of(test, reviews, tiny=tiny)
 
 
-@pytest.mark.parametrize("name, content, names, rows", [
-    ("a.csv", "id;text\n1;good, warm\n2;dull\n", ["id", "text"], [["1", "good, warm"], ["2", "dull"]]),
-    ("a.tsv", "text\n\"good\" film\ndull, slow\n", ["text"], [["\"good\" film"], ["dull, slow"]]),
-    ("a.jsonl", '{"text": "good", "n": 1}\n{"n": 2, "text": "dull"}\n', ["text", "n"], [["good", 1], ["dull", 2]]),
-    ("a.json", '[{"text": "good"}, {"text": "dull"}]', ["text"], [["good"], ["dull"]])])
-def test_a_table_without_labels_can_be_opened_for_prediction(tmp_path, name, content, names, rows):
-    table = texts.open_table(write_files(tmp_path, {name: content}) / name, [], labelled=False)
-    assert table.names == names and [row for _, row in table.rows] == rows and names[table.text] == "text"
-
-
-@pytest.mark.parametrize("words, part", [
-    ("--separator ab", "'ab' is not one character"), ("--encoding utf-99", "'utf-99' is not an encoding"),
-    ("--encoding rot13", "'rot13' is not an encoding")])
-def test_an_encoding_or_a_separator_that_does_not_exist_is_one_clear_line(capsys, words, part):
-    with pytest.raises(SystemExit):
-        options.parse(["head", *words.split()])
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and part in error
-    assert options.parse(["head", "--separator", "tab"]).separator == "\t"
-
-
 # -- tools/checkpoint.py and using a run ------------------------------------------------------------------
 
-@pytest.fixture
-def finished_run(make_settings):
-    chosen = make_settings("adapter")
-    train.run(chosen)
-    return Path(chosen.out)
+DAMAGES = {"truncated": lambda content: content[: len(content) // 2], "empty": lambda content: b"",
+           "over-long header": lambda content: (10**15).to_bytes(8, "little") + content[8:],
+           "a list": lambda content: b"[]"}
+FILES = ["run/model.safetensors", "run/run.json", "weights/config.json", "weights/model.safetensors",
+         "weights/tokenizer.json"]
 
 
-FRESH = """
-import sys, torch; torch.set_num_threads(1); from minipeft import data, model as models; from minipeft.tools import checkpoint
-for run in sys.argv[1:]:
-    model, record, weights = checkpoint.open_run(run)
-    sentences, _ = data.tokenize(data.load_tokenizer(weights, 40), ["a good film", "a very dull plot"])
-    print([value.hex() for value in models.predict(model, sentences).ravel().tolist()])
-"""
-
-
-def test_a_run_opened_in_a_fresh_process_gives_the_same_bits(make_settings, monkeypatch):
-    expected, runs = [], []
-
-    def predict_first(model):  # called when the model is trained, and not merged
-        sentences, _ = data.tokenize(data.load_tokenizer(runs[-1].weights, 40), ["a good film", "a very dull plot"])
-        predictions = models.predict(model.eval(), sentences)
-        expected.append(str([value.hex() for value in predictions.ravel().tolist()]))
-
-    monkeypatch.setattr(fast, "speed_up", lambda *_: [])  # a twin may differ in the last bit
-    monkeypatch.setattr(fast, "restore", predict_first)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for technique in options.TECHNIQUES:
-        runs.append(make_settings(technique, "--epochs", 1, out=technique))
-        train.run(runs[-1])
-    torch.set_num_threads(threads)
-    fresh = subprocess.run([sys.executable, "-c", FRESH, *(run.out for run in runs)], cwd=ROOT, check=True,
-                           capture_output=True, text=True)
-    assert fresh.stdout.splitlines() == expected and len(expected) == len(options.TECHNIQUES)
+@pytest.mark.parametrize("name, damage", [
+    *((name, damage) for name in FILES for damage in DAMAGES.values()),
+    ("run/run.json", lambda content: content.replace(b'"classes"', b'"c"')), ("run/model.safetensors", flipped)])
+def test_a_damaged_file_is_one_clear_line_that_names_it(finished_run, tiny, make_settings, tmp_path, name, damage):
+    weights = shutil.copytree(tiny, tmp_path / "weights")
+    path = tmp_path / name
+    path.write_bytes(damage(path.read_bytes()))
+    with user_error(path.name):
+        if name.startswith("run"):
+            open_run(finished_run)
+        else:
+            train.run(make_settings("lora", "--weights", weights, out="new"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_file_with_a_key_too_many_or_too_few_is_refused_with_the_list(finished_run):
@@ -2133,38 +1856,8 @@ def test_a_file_with_a_key_too_many_or_too_few_is_refused_with_the_list(finished
     tensors, _ = checkpoint.read_tensors(path)
     lost = tensors.pop("head.dense.bias")
     checkpoint.write_tensors(path, tensors | {"head.extra": lost})
-    with pytest.raises(UserError, match="missing head.dense.bias; unexpected head.extra"):
-        checkpoint.open_run(finished_run)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "run.json"])
-@pytest.mark.parametrize("damage", [truncated, over_long_header, lambda content: b"", lambda content: b"[]"])
-def test_a_damaged_run_is_one_clear_line(finished_run, name, damage):
-    path = finished_run / name
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=name):
-        checkpoint.open_run(finished_run)
-
-
-def test_a_flipped_bit_in_a_weight_is_found(finished_run):
-    path = finished_run / "model.safetensors"
-    path.write_bytes(flipped(path.read_bytes()))
-    with pytest.raises(UserError, match="does not match its hash"):
-        checkpoint.open_run(finished_run)
-
-
-def test_a_record_that_lacks_any_key_is_a_user_error(finished_run):
-    """Every key of a record, and every key inside its objects, taken out in turn."""
-    path = finished_run / "run.json"
-    record = json.loads(path.read_text())
-    lacking = {key: {k: v for k, v in record.items() if k != key} for key in record}
-    lacking |= {key: record | {part: {k: v for k, v in record[part].items() if k != key}}
-                for part in ("settings", "machine", "metrics", "dev", "weights_sha256", "parameters")
-                for key in record[part] if key not in ("weights", "data", "fold")}  # these may be absent
-    for key, content in lacking.items():
-        path.write_text(json.dumps(content))
-        with user_error("run.json" if key not in record["weights_sha256"] else "weights", key):
-            checkpoint.open_run(finished_run)
+    with user_error("missing head.dense.bias; unexpected head.extra"):
+        open_run(finished_run)
 
 
 def test_a_damaged_state_is_refused(make_settings, monkeypatch, capsys):
@@ -2172,14 +1865,9 @@ def test_a_damaged_state_is_refused(make_settings, monkeypatch, capsys):
     stop_at(monkeypatch, 8)
     assert run_program(chosen) == 130
     state = Path(chosen.out) / "state.safetensors"
-    whole = state.read_bytes()
-    tensors, about = checkpoint.read_tensors(state)
-    state.write_bytes(flipped(whole))
+    state.write_bytes(flipped(state.read_bytes()))
     assert run_program(make_settings("lora", "--resume")) == 2
     assert "state.safetensors is damaged" in capsys.readouterr().err
-    for key in about:
-        checkpoint.write_tensors(state, tensors, {k: v for k, v in about.items() if k != key})
-        assert run_program(make_settings("lora", "--resume")) == 2 and "is damaged" in capsys.readouterr().err
 
 
 def test_other_base_weights_are_refused(finished_run, tiny, tmp_path):
@@ -2195,39 +1883,27 @@ def test_a_run_with_weights_from_a_relative_path_is_used_in_any_folder(make_sett
     settings = make_settings("head", "--weights", tiny.name, "--epochs", 1)
     train.run(settings)
     monkeypatch.chdir(tmp_path)
-    assert checkpoint.open_run(settings.out)[2] == tiny.resolve()
-    settings.weights, nothing = "some/model", SimpleNamespace(files=[], classes=[])  # a name on the Hub stays
-    record = checkpoint.start_record(settings, Compute(), tiny, nothing, {}, {})
-    assert record["settings"]["weights"] == "some/model"
+    assert open_run(settings.out)[2] == tiny.resolve()
 
 
-PREDICT = [sys.executable, "-m", "minipeft", "predict"]
-
-
-def test_classifying_from_the_shell(finished_run, capsys):
-    given = subprocess.run([*PREDICT, str(finished_run)], cwd=ROOT, check=True, text=True, capture_output=True,
-                           input="a good warm film\r\n\na bad dull plot").stdout.splitlines()
-    assert command_line.main(["predict", str(finished_run), "a good warm film", "a bad dull plot"]) == 0
-    lines = capsys.readouterr().out.splitlines()[-2:]
-    assert [line.split("\t")[0] for line in lines] == ["good", "bad"]
-    assert len(given) == 3 and [given[0], given[2]] == lines
-    assert command_line.main(["predict", str(finished_run / "none"), "text"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "no finished run" in error
-
-
-def test_a_program_gets_the_answer_to_a_line_before_it_writes_the_next(finished_run):
-    with subprocess.Popen([*PREDICT, str(finished_run)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          encoding="utf-8", bufsize=1) as process:
+def test_a_program_gets_the_answer_to_a_line_before_it_writes_the_next(finished_run, capsys):
+    texts, answers = ["a good warm film", "a bad dull plot"], []
+    with subprocess.Popen([sys.executable, "-m", "minipeft", "predict", str(finished_run)], cwd=ROOT, bufsize=1,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") as process:
         guard = threading.Timer(300, process.kill)  # instead of waiting for ever
         guard.start()
-        for text, label in (("a good warm film", "good"), ("a bad dull plot", "bad")):
+        for text in texts:
             process.stdin.write(text + "\n")
-            answer = process.stdout.readline().split("\t")
-            assert (answer[0], answer[2]) == (label, text + "\n")
+            answers.append(process.stdout.readline().rstrip("\n"))
         process.stdin.close()
         assert process.wait() == 0
         guard.cancel()
+    assert [answer.split("\t")[::2] for answer in answers] == [["good", texts[0]], ["bad", texts[1]]]
+    assert command_line.main(["predict", str(finished_run), *texts]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == answers
+    assert command_line.main(["predict", str(finished_run / "none"), "text"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no finished run" in error
 
 
 def test_a_terminal_shows_a_prompt_and_other_encodings_are_one_clear_line(finished_run, capsys, monkeypatch):
@@ -2241,10 +1917,8 @@ def test_a_terminal_shows_a_prompt_and_other_encodings_are_one_clear_line(finish
     assert (code, out, error.count("\n")) == (2, "", 1) and "not UTF-8" in error
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["predict", None, "a good warm film"]])
-def test_output_that_nobody_reads_ends_without_a_message(finished_run, arguments):
-    words = [str(word or finished_run) for word in arguments]
-    with subprocess.Popen([sys.executable, "-m", "minipeft", *words], cwd=ROOT, stdout=subprocess.PIPE,
+def test_output_that_nobody_reads_ends_without_a_message():
+    with subprocess.Popen([sys.executable, "-m", "minipeft", "--help"], cwd=ROOT, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait() == 0
@@ -2260,21 +1934,18 @@ def test_the_output_of_a_notebook_is_written_to_as_it_is(monkeypatch):
 
 
 def test_a_csv_file_is_classified_with_probabilities(finished_run, tmp_path, capsys):
-    run, path = finished_run, tmp_path / "in.csv"
+    path = tmp_path / "in.csv"
     capsys.readouterr()  # what training prints
     path.write_text('id,text\n1,"a good, warm film"\n2,"dull\nand slow"\n', encoding="utf-8-sig")
-    assert command_line.main(["predict", str(run), "--csv", str(path)]) == 0
+    assert command_line.main(["predict", str(finished_run), "--csv", str(path)]) == 0
     header, *rows = csv.reader(capsys.readouterr().out.splitlines(keepends=True))
     assert header == ["id", "text", "prediction", "p(bad)", "p(good)"] and [row[0] for row in rows] == ["1", "2"]
     assert rows[1][1] == "dull\nand slow"
     for row in rows:
         assert row[2] == ("good" if float(row[4]) > 0.5 else "bad") and abs(float(row[3]) + float(row[4]) - 1) < 2e-4
-    path.write_text(f"id,text\n1,{'long ' * 30000}\n")  # beyond the csv module's limit for a field
-    assert command_line.main(["predict", str(run), "--csv", str(path)]) == 0 and "texts cut" in capsys.readouterr().err
-    wrong = {"id,review\n1,x\n": "no column 'text'", "id,text\n1,a,b\n": "line 2: 3 columns", "": "is empty"}
-    for content, part in wrong.items():
+    for content, part in {"id,review\n1,x\n": "no column 'text'", "id,text\n1,a,b\n": "line 2: 3 columns"}.items():
         path.write_text(content)
-        assert command_line.main(["predict", str(run), "--csv", str(path)]) == 2
+        assert command_line.main(["predict", str(finished_run), "--csv", str(path)]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and part in error
 
@@ -2294,25 +1965,9 @@ def test_evaluating_a_run_on_its_test_sentences_gives_the_numbers_of_its_record(
     assert f"loss {record['metrics']['test_loss']:.3f}" in out and "skipped 1 row without text" in out
     assert "warning" not in out and command_line.main(["evaluate", str(finished_run), str(reviews)]) == 0
     assert "was trained on" in capsys.readouterr().out
-    for content, part in (("text,label\nfine,good\nwarm,Good\n", "line 3: the label 'Good' is none of"),
-                          ("text,label\nfine,good\nwarm,\n", "line 3: a text without a label"),
-                          ("text,label\n", "holds no sentences"), ("review,label\nfine,good\n", "--text-column")):
-        path.write_text(content)
-        if part == "--text-column":
-            assert command_line.main(["evaluate", str(finished_run), str(path), "--text-column", "review"]) == 0
-            continue
-        assert command_line.main(["evaluate", str(finished_run), str(path)]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and part in error
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-@pytest.mark.parametrize("damage", [truncated, over_long_header, lambda content: b"", lambda content: b"[]"])
-def test_damaged_weights_are_one_clear_line(tiny, tmp_path, make_settings, capsys, name, damage):
-    for file in tiny.iterdir():
-        shutil.copy(file, tmp_path / file.name)
-    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
-    refused(make_settings("lora", "--weights", tmp_path), capsys, name)
+    path.write_text("text,label\nfine,good\nwarm,Good\n")
+    assert command_line.main(["evaluate", str(finished_run), str(path)]) == 2
+    assert "line 3: the label 'Good' is none of" in capsys.readouterr().err
 
 
 # -- tools/metrics.py -------------------------------------------------------------------------------------
@@ -2375,12 +2030,8 @@ def test_json_is_read_back_and_its_keys_are_checked(tmp_path):
     content = {"a": [1, 2.5], "b": {"c": "\u00e9"}}
     files.write_json(tmp_path / "a.json", content)
     assert files.read_json(tmp_path / "a.json", ("a", "b")) == content
-    with pytest.raises(UserError, match="a.json is damaged .missing: d"):
+    with user_error("a.json is damaged", "missing: d"):
         files.read_json(tmp_path / "a.json", ("a", "d"))
-    for damaged in ("[]", '{"a": ', ""):
-        (tmp_path / "a.json").write_text(damaged)
-        with pytest.raises(UserError, match="a.json is damaged"):
-            files.read_json(tmp_path / "a.json")
 
 
 # -- tools/download.py ------------------------------------------------------------------------------------
@@ -2453,12 +2104,6 @@ def test_weights_may_be_a_folder_or_a_name_on_the_hub(elsewhere, tiny, monkeypat
         download.find_weights("some/model")
 
 
-def test_the_table_of_the_default_data_by_hand():
-    ratings = "1\t1.5\tclich\u00c3\u00a9s\r\n2\t-0.2\tna\u00efve\r\n3\t0\tneither\r\n".encode()
-    assert download.as_table(ratings).decode() == ("id\trating\tlabel\ttext\n1\t1.5\tpositive\tclich\u00e9s\n"
-                                                   "2\t-0.2\tnegative\tna\u00efve\n")
-
-
 # -- tools/fast.py ----------------------------------------------------------------------------------------
 
 PADDED = torch.arange(10) < torch.tensor([10, 6, 1])[:, None]  # an attention mask for random_ids()
@@ -2516,19 +2161,17 @@ def test_speed_ups_change_no_tensor_or_name_and_can_be_repeated(tiny):
 @pytest.mark.parametrize("technique", ["head", "adapter", "lora"])
 def test_weights_cast_once_give_the_bits_of_autocast_before_and_after_a_merge(technique, tiny, make_settings):
     def compute(twins):
-        torch.manual_seed(0)
-        model = build(make_settings(technique, "--head-dropout", 0), 2, tiny)
-        random_updates(model)
+        model = random_updates(build(make_settings(technique, "--head-dropout", 0), 2, tiny))
         fast.speed_up(model, Compute("cpu", "bf16"), twins)
         with torch.autocast("cpu", torch.bfloat16):
-            outputs = [model(random_ids())]
-        outputs[0].square().sum().backward()
-        outputs += [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+            output = model(random_ids())
+        output.square().sum().backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
         fast.restore(model)
         merge_lora(model)
         fast.speed_up(model, Compute("cpu", "bf16"), twins)
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            return [*outputs, model(random_ids())]
+            return [output, *gradients, model(random_ids())]
 
     plain, quick = (compute(twins) for twins in ((fast.FastLoRALinear,), (fast.FastLoRALinear, fast.CastOnceLinear)))
     assert all(torch.equal(one, other) for one, other in zip(plain, quick, strict=True))
@@ -2573,26 +2216,6 @@ def test_in_bf16_the_norms_and_the_residual_stream_are_fp32_and_the_products_bf1
     assert dtypes == {nn.LayerNorm: {torch.float32}, LoRALinear: {torch.bfloat16}}
 
 
-def test_forty_steps_with_speed_ups_have_the_losses_of_the_plain_loop(tiny, make_settings):
-    def losses(quick):
-        model = models.build(make_settings("lora", "--seed", 1), 2, tiny)
-        if quick:
-            assert fast.speed_up(model, Compute("cpu", "fp32"))
-        optimizer = torch.optim.AdamW(models.trained(model).values(), lr=1e-3)
-        model.train()
-        for step in range(40):
-            torch.manual_seed(step)
-            loss = F.cross_entropy(model(random_ids(), PADDED if step % 2 else None), torch.tensor([0, 1, step % 2]))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            yield loss.item()
-
-    plain = list(losses(False))
-    assert min(plain[-2:]) < 0.9 * plain[0]
-    assert max(abs(one - other) for one, other in zip(plain, losses(True))) < 1e-6
-
-
 def test_the_faster_precision_is_chosen_and_a_slow_bf16_is_tried_once_only(monkeypatch):
     tried = []
 
@@ -2600,23 +2223,17 @@ def test_the_faster_precision_is_chosen_and_a_slow_bf16_is_tried_once_only(monke
         tried.append(tokens)
         return rates[dtype]
 
-    monkeypatch.setattr(fast, "product_rate", rate)
-    rates = {torch.float32: 185.0, torch.bfloat16: 442.0}
-    assert fast.fastest_precision("cpu", 384, 1536) == ("bf16", "442 GFLOP/s; fp32 185") and tried == [16, 16, 256, 256]
-    rates = {torch.float32: 315.0, torch.bfloat16: 166.0}
-    assert fast.fastest_precision("cpu", 384, 1536) == ("fp32", "315 GFLOP/s; bf16 166")
-    rates, tried = {torch.float32: 105.0, torch.bfloat16: 12.0}, []
-    assert fast.fastest_precision("cpu", 384, 1536) == ("fp32", "105 GFLOP/s; bf16 12") and tried == [16, 16]
-    assert fast.fastest_precision("mps", 384, 1536)[0] == "fp32"
-
-
-def test_precision_and_padding_are_chosen_for_the_device(monkeypatch):
     assert fast.product_rate(4, 8, 8, torch.float32, seconds=1e-6) > 0
-    assert [fast.pad_multiple(precision, "cpu") for precision in ("fp32", "bf16")] == [1, 8]
-    assert fast.pad_multiple("bf16", "cuda") == 1
+    monkeypatch.setattr(fast, "product_rate", rate)
+    for fp32, bf16, chosen, calls in ((185.0, 442.0, "bf16", [16, 16, 256, 256]), (315.0, 166.0, "fp32", None),
+                                      (105.0, 12.0, "fp32", [16, 16])):
+        rates = {torch.float32: fp32, torch.bfloat16: bf16}
+        tried.clear()
+        assert fast.fastest_precision("cpu", 384, 1536)[0] == chosen and (calls is None or tried == calls)
     for supported, precision in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
         assert fast.fastest_precision("cuda", 384, 1536)[0] == precision
+    assert fast.fastest_precision("mps", 384, 1536)[0] == "fp32"
 
 
 # -- tools/distributed.py ---------------------------------------------------------------------------------
@@ -2687,22 +2304,6 @@ def test_two_processes_resume_to_the_same_bits(several):
 
 # -- tools/export.py --------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def finished_runs(tiny, reviews, tmp_path_factory):
-    """A function that trains a short run once: finished_runs("lora", "cls") -> its folder."""
-    folder = tmp_path_factory.mktemp("finished")
-
-    def finish(technique, pooling, *more):
-        out = folder / "-".join((technique, pooling, *more))
-        if not out.is_dir():
-            train.run(options.parse([
-                technique, "--weights", str(tiny), "--data", str(reviews), "--pooling", pooling, "--limit", "60",
-                "--lr", "0.05", "--device", "cpu", "--precision", "fp32", "--max-length", "40", "--epochs", "1",
-                "--out", str(out), *more]))
-        return out
-    return finish
-
-
 def test_a_saved_encoder_has_hugging_face_s_names_and_loads_to_the_same_bits(tiny, tmp_path):
     encoder = load_bert(tiny)
     save_bert(encoder, tmp_path / "copy")
@@ -2715,19 +2316,11 @@ def test_a_saved_encoder_has_hugging_face_s_names_and_loads_to_the_same_bits(tin
     assert not (tmp_path / "wrapped").exists()
 
 
-def refusal(function, *arguments):
-    with pytest.raises(UserError) as error:
-        function(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_the_files_for_peft_have_its_names_shapes_and_keys(finished_runs, tmp_path):
-    run = finished_runs("lora", "cls", "--rank", "3", "--rslora", "--top-layers", "1")
+def test_the_files_for_peft_have_its_names_shapes_and_keys(finished, tmp_path):
+    run = finished("lora", "--pooling", "cls", "--rank", 3, "--rslora", "--top-layers", 1)
     interop.export(run, tmp_path / "peft", "peft")
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    assert list(config) == sorted(config) and config["task_type"] == "SEQ_CLS" and config["use_rslora"] is True
-    assert (config["r"], config["lora_alpha"]) == (3, 16)
+    assert (config["task_type"], config["r"], config["lora_alpha"], config["use_rslora"]) == ("SEQ_CLS", 3, 16, True)
     assert set(config["modules_to_save"]) == {"classifier", "pooler", "score"}
     tensors, about = read_safetensors(tmp_path / "peft" / "adapter_model.safetensors")
     assert about["format"] == "pt" and len(tensors) == 6 * 2 + 4
@@ -2735,22 +2328,21 @@ def test_the_files_for_peft_have_its_names_shapes_and_keys(finished_runs, tmp_pa
     assert tensors["base_model.model.bert.encoder.layer.1.output.dense.lora_B.weight"].shape == (32, 3)
     assert tensors["base_model.model.bert.pooler.dense.weight"].shape == (32, 32)
     assert "encoder.layer.1.output.dense" in config["target_modules"] and len(config["target_modules"]) == 6
-    assert refusal(interop.export, run, tmp_path / "peft", "peft").endswith("choose another")
+    with user_error("choose another"):
+        interop.export(run, tmp_path / "peft", "peft")
 
 
 @pytest.mark.parametrize("technique, pooling", [
-    ("lora", "cls"), ("lora", "mean"), ("head", "mean"), ("bitfit", "cls"), ("full", "mean")])
-def test_a_run_exported_for_transformers_is_a_checkpoint(finished_runs, tmp_path, technique, pooling):
-    run, folder = finished_runs(technique, pooling), tmp_path / "out"
+    ("lora", "cls"), ("lora", "mean"), ("bitfit", "cls"), ("full", "mean")])
+def test_a_run_exported_for_transformers_is_a_checkpoint(finished, tmp_path, technique, pooling):
+    run, folder = finished(technique, "--pooling", pooling), tmp_path / "out"
     interop.export(run, folder, "transformers")
-    model, _, weights = checkpoint.open_run(run)
+    model, _, weights = open_run(run)
     config = json.loads((folder / "config.json").read_text())
     assert config.get("id2label") == ({"0": "bad", "1": "good"} if pooling == "cls" else None)
-    assert config["model_type"] == "bert" and config["hidden_dropout_prob"] == 0
     assert config["architectures"] == ["BertForSequenceClassification" if pooling == "cls" else "BertModel"]
     tensors = load_file(folder / "model.safetensors")
-    encoder, ids = load_bert(folder), random_ids()
-    torch.testing.assert_close(encoder(ids), model.encoder(ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(load_bert(folder)(random_ids()), model.encoder(random_ids()), rtol=0, atol=1e-5)
     assert (folder / "tokenizer.json").read_bytes() == (weights / "tokenizer.json").read_bytes()
     if pooling == "cls":
         assert all(name.startswith(("bert.", "classifier.")) for name in tensors)
@@ -2762,17 +2354,16 @@ def test_a_run_exported_for_transformers_is_a_checkpoint(finished_runs, tmp_path
     assert all(torch.equal(tensor, model.head.state_dict()[name]) for name, tensor in head.items())
 
 
-@pytest.mark.parametrize("technique, more, to, lines", [
-    ("head", [], "transformers", 8), ("lora", [], "peft", 10), ("adapter", ["--norms"], "adapters", 11)])
+@pytest.mark.parametrize("technique, more, to", [
+    ("head", [], "transformers"), ("lora", [], "peft"), ("adapter", ["--norms"], "adapters")])
 def test_a_head_that_the_library_has_no_place_for_comes_with_the_lines_that_use_it(
-        finished_runs, tmp_path, capsys, technique, more, to, lines):  # which benchmarks/parity.py runs
-    run = finished_runs(technique, "mean", *more)
+        finished, tmp_path, capsys, technique, more, to):  # which benchmarks/parity.py runs
+    run = finished(technique, *more)
     capsys.readouterr()
     assert command_line.main(["export", str(run), str(tmp_path / "out"), "--to", to]) == 0
     assert "the head is in head.safetensors" in capsys.readouterr().out
     block, = blocks((tmp_path / "out" / "README.md").read_text(), "python")
     compile(block, "README.md", "exec")
-    assert len(block.splitlines()) == lines
 
 
 def test_the_help_of_training_and_of_export_says_which_runs_can_be_exported_to_what(capsys):
@@ -2793,118 +2384,31 @@ def test_special_tokens_are_those_of_the_tokenizer_whatever_they_are_called(tiny
     assert interop.special_tokens(tmp_path) == {key: f"<{token[1]}>" for key, token in theirs.items()}
 
 
-def test_adapters_are_exported_for_adapterhub_and_refused_elsewhere(finished_runs, tmp_path):
-    run = finished_runs("adapter", "mean", "--bottleneck", "5", "--norms")
+def test_adapters_are_exported_for_adapterhub_and_refused_elsewhere(finished, tmp_path):
+    run, plain, lora = finished("adapter", "--bottleneck", 5, "--norms"), finished("adapter"), finished("lora")
     interop.export(run, tmp_path / "hub", "adapters")
     config = json.loads((tmp_path / "hub" / "adapter_config.json").read_text())
     assert config["version"] and config["config"]["non_linearity"] == "gelu"  # without a version another function
     assert int(config["hidden_size"] // config["config"]["reduction_factor"]) == 5
-    tensors, (model, _, _) = load_file(tmp_path / "hub" / "adapter.safetensors"), checkpoint.open_run(run)
-    assert len(tensors) == 2 * 2 * 4
+    tensors, (model, _, _) = load_file(tmp_path / "hub" / "adapter.safetensors"), open_run(run)
     up = model.encoder.layers[1].feed_forward.output.adapter.up.weight
+    assert len(tensors) == 2 * 2 * 4
     assert torch.equal(tensors["encoder.layer.1.output.adapters.minipeft.adapter_up.weight"], up)
-    assert "peft has a format for LoRA only" in refusal(interop.export, run, tmp_path / "no", "peft")
-    assert "cannot be merged" in refusal(interop.export, run, tmp_path / "no", "transformers")
-    assert "no trained norms" in refusal(interop.export, finished_runs("adapter", "mean"), tmp_path / "no", "adapters")
-    assert "no trained norms" in refusal(interop.export, finished_runs("lora", "mean"), tmp_path / "no", "adapters")
+    for folder, to, part in ((run, "peft", "peft has a format for LoRA only"), (run, "transformers", "cannot be merged"),
+                             (plain, "adapters", "no trained norms"), (lora, "adapters", "no trained norms")):
+        with user_error(part):
+            interop.export(folder, tmp_path / "no", to)
     assert not (tmp_path / "no").exists()
 
 
 # -- one import, copied files, other checkpoints ----------------------------------------------------------
 
-def test_one_import_is_cheap_until_a_name_is_used_and_help_is_one_page():
-    import minipeft
+def test_one_import_is_cheap_until_a_name_is_used():
     code = "import sys, minipeft.tools.settings; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    listed = dict(re.findall(r"^    ([a-z.]+) {2,}(\w+(?:, \w+)*)$", minipeft.__doc__, re.M))
-    assert {file: tuple(names.split(", ")) for file, names in listed.items()} == minipeft._HOLDS
     for file, names in minipeft._HOLDS.items():
-        for name in names:
-            assert getattr(minipeft, name).__module__ == f"minipeft.{file}"
-    with pytest.raises(ImportError):
-        from minipeft import nothing
-    assert len(pydoc.plain(pydoc.render_doc(minipeft)).splitlines()) < 80
-
-
-class OtherBlock(nn.Module):
-    """A block with the names of DistilBERT."""
-
-    def __init__(self, width=16):
-        super().__init__()
-        self.attention, self.ffn = nn.Module(), nn.Module()
-        self.attention.q_lin, self.attention.v_lin, self.attention.out_lin = (nn.Linear(width, width) for _ in range(3))
-        self.ffn.lin1, self.ffn.lin2 = nn.Linear(width, width), nn.Linear(width, width)
-        self.sa_layer_norm, self.output_layer_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-
-    def forward(self, x):
-        mixed = torch.sigmoid(self.attention.q_lin(x)) * self.attention.v_lin(x)
-        x = self.sa_layer_norm(x + self.attention.out_lin(mixed))
-        return self.output_layer_norm(x + self.ffn.lin2(F.gelu(self.ffn.lin1(x))))
-
-
-class StandIn(nn.Module):
-    """A classifier with the names of DistilBertForSequenceClassification."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.Sequential(OtherBlock(), OtherBlock())
-        self.pre_classifier, self.classifier = nn.Linear(16, 16), nn.Linear(16, 2)
-
-    def forward(self, x):
-        return self.classifier(torch.relu(self.pre_classifier(self.blocks(x))))
-
-
-@pytest.mark.parametrize("technique, may_change", [
-    ("head", "classifier"), ("adapter", "classifier"), ("lora", r"classifier|[qv]_lin.weight")])
-def test_the_snippets_for_other_models_run_as_printed(technique, may_change, tmp_path, monkeypatch):
-    before, after = parity.SNIPPETS[technique].split("\n\n")
-    assert len(parity.SNIPPETS[technique].splitlines()) <= 12
-    shutil.copy(ROOT / "minipeft" / f"{technique}.py", tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    x, labels, model = torch.randn(8, 16), torch.arange(8) % 2, StandIn()
-    start, losses = bits(model), []
-
-    def loop(model, optimizer):
-        for _ in range(5):
-            optimizer.zero_grad()
-            losses.append(F.cross_entropy(model(x), labels))
-            losses[-1].backward()
-            optimizer.step()
-    exec(after, {"torch": torch, "save_file": save_file, "model": model, "train": loop})
-    sys.modules.pop(technique)  # the copy
-    assert losses[4] < losses[0]
-    changed = {name for name, tensor in bits(model).items() if name in start and not torch.equal(tensor, start[name])}
-    assert {name for name in start if name.startswith("classifier")} <= changed
-    assert all(re.search(may_change, name) for name in changed), changed
-    exec(before, {"torch": torch, "model": StandIn(), "train": loop})
-    assert losses[9] < losses[5]
-
-
-def test_published_parity_meets_its_targets():
-    results = json.loads((ROOT / "results" / "parity.json").read_text())
-    assert set(results) == {"transformers", "peft", "files", "adapters", "models"}
-    rows = [row for part in results.values() for row in part["rows"] if "target" in row]
-    assert len(rows) > 20 and all(row["difference"] <= row["target"] for row in rows)
-    models = [row["model"] for row in results["models"]["rows"]]
-    assert models == ["DistilBERT", "RoBERTa", "ViT", "T5", "GPT-2", "Llama"]
-    assert parity.tables(results).count("\n| ") > 25
-
-
-@pytest.mark.parametrize("kind", [
-    {"architectures": ["BertModel"], "classifier_dropout": None, "use_cache": True},  # as bge, e5 and gte
-    {"model_type": "bert", "pooler_fc_size": 768, "pooler_type": "first_token_transform"}])  # multilingual BERT
-@pytest.mark.parametrize("pooler", [True, False])
-def test_sentence_encoders_load_with_and_without_pooler(tiny, tmp_path, kind, pooler):
-    def change(tensors):
-        kept = {name: tensor for name, tensor in tensors.items() if pooler or "pooler" not in name}
-        return kept | {"embeddings.position_ids": torch.arange(48)[None]}
-    folder = rewrite(tiny, tmp_path / "other", change, kind)
-    assert torch.equal(load_bert(folder)(random_ids()), load_bert(tiny)(random_ids()))
-    for pooling in ("mean", "cls"):  # without a pooler the head's first layer is new
-        model = build(options.parse(["lora", "--pooling", pooling]), 2, folder)
-        assert torch.equal(model.head.dense.weight, load_pooler(tiny).weight) == (pooler and pooling == "cls")
+        assert re.search(rf"^    {re.escape(file)} +{', '.join(names)}$", minipeft.__doc__, re.M)
+        assert {getattr(minipeft, name).__module__ for name in names} == {f"minipeft.{file}"}
 
 
 # -- shared by the sections on lab/ ------------------------------------------------------------------------
@@ -2992,31 +2496,8 @@ def test_a_run_that_several_studies_want_is_one_run(fake_place):
     def names(study):
         return [runs.make_run(fake_place, variant, 0).name for variant in STUDIES[study].variants]
 
-    lora = names("techniques")[2]
-    assert names("rank")[1] == names("light")[2] == names("dropout")[2] == lora
+    assert names("rank")[1] == names("light")[2] == names("dropout")[2] == names("techniques")[2]
     assert names("bottleneck")[1] == names("init")[0] == names("layers")[0] == names("techniques")[1]
-    assert names("layers")[1] == names("light")[1]  # the last block
-    assert names("alpha")[4:8] == names("alpha")[16:20]  # rank 8: both rules give alpha 16
-    assert len(set(names("alpha"))) == 20
-
-
-def test_a_rate_of_its_own_for_the_head_comes_from_two_searches(fake_place, monkeypatch):
-    variant = STUDIES["head-rate"].variants[3]
-    for name, rate in (("lora-head", 8e-3), ("lora-body", 2.5e-4)):
-        monkeypatch.setitem(SEARCHES, name, dataclasses.replace(SEARCHES[name], calibrated=rate))
-    settings = runs.make_run(fake_place, variant, 0, "calibrated").settings
-    assert (variant.name, settings.lr, settings.head_lr) == ("LoRA, own head rate", 2.5e-4, 8e-3)
-
-
-def test_the_targets_study_compares_matched_sizes():
-    sizes = []
-    for variant in STUDIES["targets"].variants:
-        with torch.device("meta"):
-            encoder = Bert(BertConfig(30522, 384, 6, 12, 1536, 512))
-            APPLY["lora"](encoder.requires_grad_(False), options.parse(["lora", "--rank", str(variant.options["rank"]),
-                                                                       "--targets", *variant.options["targets"]]))
-        sizes.append(count(encoder))
-    assert sizes == [73_728, 73_728, 73_728, 69_120, 82_944]
 
 
 def test_the_command_of_a_published_record_gives_its_settings():
@@ -3052,49 +2533,25 @@ def place(tiny, reviews, tmp_path):
     return runs.find_place(tmp_path / "out", options.common_defaults() | common | {"device": "cpu"})
 
 
-def outcome(record):
-    """What a run gives, without times, memory and paths."""
-    metrics = {name: value for name, value in record["metrics"].items() if name.endswith(("loss", "accuracy"))}
-    return metrics, record["dev"], record["test"]
-
-
-def test_compare_stopped_ends_its_runs_and_killed_resumes_to_the_same_result(place, tiny, reviews):
-    words = ["--weights", tiny, "--data", reviews, "--max-length", 40, "--batch-size", 16, "--precision", "fp32",
-             "--device", "cpu", "--epochs", 4, "--folds", 1]
-
-    def start(out):
-        return subprocess.Popen([sys.executable, "compare.py", *map(str, words), "--out", str(out)], cwd=ROOT,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-    def wait_for_a_state(process):
-        while not list(place.out.glob("folders/*/state.safetensors")) and process.poll() is None:
-            time.sleep(0.01)
-
-    process = start(place.out)
-    wait_for_a_state(process)
+def test_a_stopped_comparison_ends_its_runs_and_resumes_to_the_same_result(place, tiny, reviews, tmp_path):
+    words = [str(word) for word in (
+        "--weights", tiny, "--data", reviews, "--max-length", 40, "--batch-size", 16, "--precision", "fp32",
+        "--device", "cpu", "--epochs", 2, "--folds", 1, "--out", place.out)]
+    process = subprocess.Popen([sys.executable, "compare.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not list(place.out.glob("folders/*/state.safetensors")) and process.poll() is None:
+        time.sleep(0.01)
     process.terminate()
     assert process.wait() == 143
     for lock in place.out.glob("folders/*/lock"):
         with checkpoint.locked(lock.parent):  # no run holds it any more
             pass
-    process = start(place.out)
-    wait_for_a_state(process)
-    process.kill()  # its run goes on and keeps its folder
-    process.wait()
-    for folder in place.out.glob("folders/*"):
-        for _ in range(3000):
-            try:
-                with checkpoint.locked(folder):
-                    break
-            except UserError:
-                time.sleep(0.01)
-    assert start(place.out).wait() == 0
+    assert compare.main(compare.parse(words)) == 0
     records = [read_json(path) for path in (place.out / "runs").iterdir()]
     assert len(records) == 4
     for record in records:
-        alone = options.parse([*shlex.split(record["command"])[2:], "--out", str(place.out.parent / "alone")])
-        alone.overwrite = True
-        assert outcome(train.run(alone)) == outcome(record)
+        alone = train.run(options.parse([*shlex.split(record["command"])[2:], "--overwrite", "--out",
+                                         str(tmp_path / "alone")]))
+        assert (alone["dev"], alone["test"]) == (record["dev"], record["test"])
 
 
 def test_runs_share_the_cores_and_one_precision_and_their_records_say_so(place, monkeypatch):
@@ -3102,15 +2559,10 @@ def test_runs_share_the_cores_and_one_precision_and_their_records_say_so(place, 
     monkeypatch.setattr(runs, "choose_compute", lambda *_: (Compute(precision=next(measured)), ""))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     place.common["precision"] = "auto"
-    made = [runs.make_run(place, Variant("head", "head", {"epochs": 1}), fold) for fold in range(3)]
-    runs.train_missing(made[:2], 2)
-    left = Path(made[2].settings.out)
-    left.mkdir()
-    (left / "lock").write_text("pid 1")  # of a run that was killed before it saved its first state
-    runs.train_missing(made, 1)
-    machines = [run.record["machine"] for run in made]
-    assert [(machine["jobs"], machine["threads"], machine["precision"]) for machine in machines] == [
-        (2, 1, "bf16"), (2, 1, "bf16"), (1, min(2, os.cpu_count()), "bf16")]
+    made = [runs.make_run(place, Variant("head", "head", {"epochs": 1}), fold) for fold in range(2)]
+    runs.train_missing(made, 2)
+    for machine in (run.record["machine"] for run in made):
+        assert (machine["jobs"], machine["threads"], machine["precision"]) == (2, 1, "bf16")
 
 
 def test_a_failed_run_is_kept_and_a_mistake_stops_with_its_own_line(place, capsys):
@@ -3189,17 +2641,6 @@ def test_a_search_reads_its_own_runs_and_a_bootstrap_of_dev_says_how_sure_its_ch
     assert 0.3 < rates.bootstrap(twins, 200)["calibrated"][1] < 0.7  # the same values on other sentences
 
 
-def test_a_search_whose_runs_all_failed_says_so(fake_place, monkeypatch):
-    def train_missing(missing, jobs):
-        for run in missing:
-            fake_record(run, 1)
-            fail(run)
-
-    monkeypatch.setattr(rates, "train_missing", train_missing)
-    with user_error("failed at every rate from 0.00025 to 0.001"):
-        rates.search_rate(fake_place, "lora", SEARCHES["lora"], 1)
-
-
 # -- lab/stats.py -----------------------------------------------------------------------------------------
 
 def t_quantile(level, df):
@@ -3248,17 +2689,6 @@ def test_the_interval_over_folds_covers_at_its_level_where_folds_share_training_
     assert 0.935 <= shares[0] <= 0.965 and shares[1] < 0.9  # uncorrected, it covers too little
 
 
-@pytest.mark.parametrize("seed_std", [0.0, 2.0])
-def test_the_interval_over_seeds_and_sentences_covers_new_ones_of_both(seed_std):
-    rng, covered = np.random.default_rng(1), []
-    for _ in range(1000):
-        table = 50 + seed_std * rng.standard_normal((3, 1)) + 20 * rng.standard_normal(200)
-        table += 20 * rng.standard_normal((3, 200))
-        found = stats.paired_sentences(table)
-        covered.append(found.low <= 50 <= found.high)
-    assert 0.935 <= np.mean(covered) <= 0.99
-
-
 def test_one_run_is_compared_over_its_sentences_and_a_copy_of_it_adds_nothing():
     right = 100.0 * np.repeat([1, -1, 0], [60, 40, 900])
     found = stats.paired_sentences(right)
@@ -3295,9 +2725,6 @@ def test_temperature_minimises_the_loss_and_is_1_where_probabilities_are_true():
     assert stats.temperature(3 * logits, labels) == pytest.approx(3 * t, rel=1e-6)
     slope = (log_loss(logits / (t * 1.001), labels) - log_loss(logits / (t * 0.999), labels)) / (0.002 * t)
     assert abs(slope) < 1e-5
-    calibrated = log_loss(5 * logits / stats.temperature(5 * logits, labels), labels)  # no overconfidence
-    assert calibrated == pytest.approx(log_loss(logits / t, labels))
-    assert calibrated < log_loss(5 * logits, labels)
     assert stats.temperature([[1, 0], [0, 1]], [0, 1]) == pytest.approx(0.2)  # all correct: no finite minimum
 
 
@@ -3447,9 +2874,6 @@ def test_runs_of_different_machines_are_not_compared_and_their_costs_not_average
     assert "1 left out" in report.contrast_rows(result.findings)[1][-1]
     where, groups = report.on_one_machine(result)
     assert where.startswith("A, cpu") and len(groups["full"]) == 2
-    fake_record(runs.make_run(fake_place, Variant("full", "full"), 2), 1.6, processor="A", jobs=2)
-    where, groups = report.on_one_machine(result_of(fake_place, "techniques"))
-    assert "runs at a time: 1" in where and len(groups["full"]) == 1 and len(groups["lora"]) == 3
 
 
 def test_failed_runs_are_counted_and_left_out_of_means(fake_place, without_pictures):
@@ -3532,440 +2956,6 @@ def test_axes_end_at_what_is_possible_and_an_arrow_marks_what_lies_beyond(tmp_pa
     wide = plots.Row("a", stats.Comparison(-20, -900, 40, -300, 10, 0.95, "", 3))
     axis = plots.forest({"a": [wide]}, "points", "", tmp_path / "f.png").axes[0]
     assert axis.get_xlim()[0] > -120 and "<" in [line.get_marker() for line in axis.lines]
-
-
-def test_the_looks_of_techniques_differ_and_stay_the_same_in_every_figure():
-    looks = [plots.look(name, LINES) for name in LINES]
-    assert all(len(set(part)) == len(LINES) for part in zip(*looks))
-    assert looks[:-1] == [plots.look(name) for name in options.TECHNIQUES]
-
-
-# -- compare.py -------------------------------------------------------------------------------------------
-
-def test_a_report_trains_nothing_repeats_to_the_byte_and_prints_commands_that_are_accepted(fake_place, monkeypatch):
-    monkeypatch.setattr(runs, "start", lambda *arguments: pytest.fail("a report must not train"))
-    fake_study(fake_place, "rank", range(2))
-    fake_record(runs.make_run(fake_place, Variant("lora", "lora"), 2), 1)  # of rank 8 alone
-    out = fake_place.out
-    imdb = dataclasses.replace(fake_place, out=out / "imdb", records={}, outcomes={}, data_sha256=["t", "d"],
-                               common=fake_place.common | {"data": "d.csv", "test": "t.csv", "max_length": 256})
-    fake_study(imdb, "imdb", [0])
-    searched = dataclasses.replace(fake_place, out=out / "fp32", records={}, outcomes={})
-    for fold in range(3):
-        for power in (-1, 0, 1):
-            fake_record(runs.make_run(searched, Variant("head", "head", {"lr": 8e-3 * 2.0 ** power}), fold),
-                        4 - abs(power))
-    write_json(out / "analysis.json", {"tasks": {"encoder_mb": 2, "rounds": 1, "runs": [], "command": "a command"}})
-    (out / "limits.md").write_text("- A limit of these runs.\n")
-    contents = []
-    for _ in range(2):
-        assert compare.main(compare.parse(["--report", "--out", str(out)])) == 0
-        contents.append({path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*.*")
-                         if "runs" not in path.parts})
-    assert contents[0] == contents[1]
-    assert contents[0].keys() == {
-        "README.md", "analysis.json", "limits.md", "studies/rank.md", "studies/imdb.md", "studies/learning-rates.md",
-        "figures/imdb-curves.png", "figures/rates.png", "figures/contrasts.png"}
-    readme, pages = contents[0]["README.md"].decode(), b"".join(contents[0].values()).decode(errors="replace")
-    assert "| `a command` | " in readme and "- A limit of these runs.\n" in readme
-    for command in re.findall(r"`(python compare.py [^`]+)`", pages):
-        compare.parse(shlex.split(command)[2:])
-    commands = re.findall(r"`(python train.py [^`]+)`", pages)
-    assert {options.parse(shlex.split(command)[2:]).test for command in commands} == {None, "t.csv"}
-
-
-def test_without_a_search_on_the_user_s_data_the_first_line_says_so_and_names_the_command(
-        fake_place, monkeypatch, capsys, without_pictures):
-    fake_place.common |= {"data": "my.csv", "weights": "w"}
-
-    def train_missing(missing, jobs):
-        for run in missing:
-            if run.record is None:
-                fake_record(run, max(0.1, 3 - abs(math.log(run.settings.lr / 1.2e-3))))  # 1.2e-3 is best
-
-    monkeypatch.setattr(compare, "find_place", lambda out, common: dataclasses.replace(fake_place, common=common))
-    for module in (compare, rates):
-        monkeypatch.setattr(module, "train_missing", train_missing)
-    words = ["--data", "my.csv", "--weights", "w", "--out", str(fake_place.out)]
-    assert compare.main(compare.parse(words)) == 0
-    said, readme = capsys.readouterr().out, (fake_place.out / "README.md").read_text()
-    assert max(map(len, said.splitlines())) <= 100 and "on my.csv" in said and "not searched" in said.split("\n\n")[0]
-    assert "**not searched**" in readme.split("\n\n")[2]
-    assert "Data: my.csv:" in readme and "movie reviews, not" in readme
-    assert "Add `--search`" in readme
-    assert compare.main(compare.parse([*words, "--search"])) == 0
-    said, readme = capsys.readouterr().out, (fake_place.out / "README.md").read_text()
-    assert "not searched" not in said + readme and "by a search on this data" in readme
-    found = read_json(fake_place.out / "comparison.json")["rates"]
-    assert found == {"head": 2e-3, "adapter": 1e-3, "lora": 2e-3, "full": 1.6e-3}
-
-
-def test_a_readme_that_compare_did_not_write_is_never_replaced(tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    for content in (b"# My project\n", b"# Results\n\nOf my project.\n", "# Results\n".encode("utf-16")):
-        readme.write_bytes(content)
-        code = files.run_program("compare.py", compare.main, compare.parse(["--out", str(tmp_path)]))
-        assert code == 2 and readme.read_bytes() == content
-    assert f"{readme} was not written by compare.py" in capsys.readouterr().err
-
-
-def test_quick_says_nothing_about_the_order_of_the_techniques(fake_place, monkeypatch, capsys, without_pictures):
-    def train_missing(missing, jobs):
-        for index, run in enumerate(missing):
-            fake_record(run, 1 + index)
-
-    monkeypatch.setattr(compare, "find_place", lambda out, common: dataclasses.replace(fake_place, common=common))
-    monkeypatch.setattr(compare, "train_missing", train_missing)
-    assert compare.main(compare.parse(["--quick", "--out", str(fake_place.out)])) == 0
-    for said in (capsys.readouterr().out, (fake_place.out / "studies/techniques.md").read_text()):
-        assert "head tuning" in said and "too short to rank" in said
-        assert not re.search("better|worse|points|equivalent|verdict|gain|claim", said)
-
-
-@pytest.mark.parametrize("line, part", [
-    ("--folds 11", "--folds"), ("--test b", "needs --data"), ("--study data --limit 9", "--limit is set"),
-    ("--rank 4", "--rank"), ("--quick --epochs 2", "--epochs is set"), ("--jobs 0", "--jobs"),
-    ("--rates prompt", "prompt"), ("--quick --report", "--report"), ("--report --data a", "by the records"),
-    ("--rates --folds 2", "--folds"), ("--study nothing", "nothing"), ("--search --quick", "--search")])
-def test_options_that_do_not_go_together_are_refused_in_one_line(line, part, capsys):
-    with pytest.raises(SystemExit) as stop:
-        compare.parse(line.split())
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and part in said and said.count("\n") == 1
-
-
-# -- lab/analysis.py and lab/memory.py --------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def finished(tiny, reviews, tmp_path_factory):
-    """A folder of short finished runs of adapters, LoRA and full fine-tuning."""
-    folder = tmp_path_factory.mktemp("finished")
-    for technique, more in (("adapter", ["--epochs", 8]), ("lora", []), ("full", ["--lr", "1e-3"])):
-        fixed = ["--weights", tiny, "--data", reviews, "--device", "cpu", "--precision", "fp32", "--limit", 64,
-                 "--max-length", 40, "--epochs", 1, "--lr", 1e-2, "--out", folder / technique]
-        train.run(options.parse([str(word) for word in (technique, *fixed, *more)]))
-    return folder
-
-
-def test_the_accuracy_without_a_span_of_adapters_is_that_of_a_copy_with_those_adapters_at_zero(finished):
-    found = analysis.compare_spans([analysis.layer_spans(finished / "adapter")])
-    model, record, weights = open_run(finished / "adapter")
-    corpus, _, test = analysis.read_data(record, weights)
-    assert found["complete"] == pytest.approx(100 * record["metrics"]["test_accuracy"])
-    (first, both), (none, _) = found["matrix"]
-    assert none is None and len({found["complete"], first, both}) == 3
-    for last in (0, 1):
-        for layer in model.encoder.layers[:last + 1]:
-            for adapter in explain.layers_of(layer, Adapter):
-                nn.init.zeros_(adapter.up.weight)
-                nn.init.zeros_(adapter.up.bias)
-        predicted = predict(model, corpus.sentences(test)).argmax(1)
-        assert found["matrix"][0][last] == pytest.approx(100 * (predicted == corpus.labels[test]).mean())
-
-
-def test_spans_of_layers_need_unchanged_data(finished, tmp_path):
-    run = shutil.copytree(finished / "adapter", tmp_path / "run")
-    record = (run / "run.json").read_text()
-    (run / "run.json").write_text(re.sub(r'"data_sha256": \["..', '"data_sha256": ["xx', record))
-    with pytest.raises(UserError, match="have changed since the run"):
-        analysis.layer_spans(run)
-
-
-def test_the_rank_of_energy_is_found_by_hand():
-    assert analysis.rank_of_energy([9.0, 1.0]) == 1         # 9 of 10: exactly 90%
-    assert analysis.rank_of_energy([9.0, 1.1]) == 2
-    assert analysis.rank_of_energy([1.0] * 10) == 9
-    assert analysis.rank_of_energy([2.0, 0.0, 0.0]) == 1
-
-
-def test_an_intruder_is_a_direction_that_the_old_matrix_does_not_have():
-    before = torch.zeros(6, 3, dtype=torch.double)
-    before[:3] = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
-    new = torch.zeros(6, 3, dtype=torch.double)
-    new[4, 2] = 9.0  # a large singular value whose left vector is none of the old ones
-    assert analysis.intruders(before, before, top=3) == 0
-    assert analysis.intruders(before, 2 * before, top=3) == 0
-    assert analysis.intruders(before, before + new, top=3) == 1
-
-
-def test_the_spectrum_of_an_update_is_that_of_the_difference_of_the_weights(finished, tiny):
-    base = load_bert(tiny)
-    for technique in ("lora", "full"):
-        found, model = analysis.update_spectrum(finished / technique), open_run(finished / technique)[0]
-        assert len(found) == 12
-        name = "layers.1.feed_forward.intermediate"
-        layer = model.get_submodule(f"encoder.{name}")
-        update = layer.weight.detach() - base.get_submodule(name).weight.detach()
-        # singular values by the eigenvalues of U^T U
-        values = torch.linalg.eigvalsh(update.double().T @ update.double()).clamp(min=0).sqrt().flip(0)
-        assert found[name]["rank"] == analysis.rank_of_energy(values ** 2)
-        assert (values[8:] < 1e-6).all() == (technique == "lora")  # rank 8 of 32
-
-
-def test_rank_correlation_of_a_case_worked_by_hand():
-    # ranks 1, 2.5, 2.5, 4 and 2, 1, 3, 4: deviations -1.5, 0, 0, 1.5 and -0.5, -1.5, 0.5, 1.5
-    assert analysis.spearman(np.array([0, 5, 5, 9]), np.array([2, 1, 3, 40])) == pytest.approx(3 / math.sqrt(4.5 * 5))
-    assert analysis.spearman(np.array([1, 2, 3.0]), np.array([1, 10, 1000])) == pytest.approx(1)
-    assert analysis.spearman(np.array([1, 2, 3.0]), np.array([3, 2, 1])) == pytest.approx(-1)
-    assert analysis.cosines(np.array([[1.0, 0], [2, 0], [1, 1]])) == pytest.approx([1, 0.5**0.5, 0.5**0.5])
-
-
-def test_an_unchanged_encoder_forgets_nothing_and_a_trained_one_something(finished, make_settings, tmp_path):
-    train.run(make_settings("head", "--limit", 64, out="head"))
-    assert analysis.similarity_kept(tmp_path / "head")["correlation"] == pytest.approx(1)
-    found = analysis.similarity_kept(finished / "full", count=10)
-    assert found["correlation"] < 0.999 and len(found["groups"]) == 3 and np.isfinite(found["groups"]).all()
-
-
-def activations_by_formula(technique, config, settings, sentences, tokens):
-    """Bytes of the activations that autograd keeps for the backward pass, in fp32, without padding and encoder dropout.
-
-    Per token and block: query, key, value, context and one log-sum-exp a head (fused attention keeps it instead of its
-    weights); the inputs of two norms with mean and deviation; GELU's input. A weight's gradient needs the input of its
-    layer: the block's input, the first norm's output, GELU's output (the context is there already).
-    """
-    h, f = config.hidden_size, config.intermediate_size
-    attention = 4 * h + config.num_attention_heads
-    plain, inputs = attention + 2 * (h + 2) + f, 2 * h + f
-    match technique:  # values a token: in each block, and once
-        case "head":
-            block, once = 0, 0
-        case "adapter":  # nothing below the first adapter
-            block, once = plain + 2 * (h + 2 * settings.bottleneck), -attention
-        case "lora":
-            block, once = plain + inputs + 6 * settings.rank, 0
-        case "bitfit":  # the input of the embeddings' norm
-            block, once = plain, h + 2
-        case "full":  # the same, and token ids of 8 bytes
-            block, once = plain + inputs, h + 4
-    return 4 * (sentences * tokens * (config.num_hidden_layers * block + once) + 4 * sentences * h)  # last: the head
-
-
-@pytest.mark.parametrize("technique", options.TECHNIQUES)
-def test_memory_and_matrix_products_are_what_the_formulas_say(tiny, technique):
-    measured, settings = memory.memory(technique, tiny, sentences=6, tokens=11), options.parse([technique])
-    counts, rule = models.count_parameters(memory.make_model(technique, tiny)), measured["rule_flop"]
-    assert measured["weights"] == 4 * counts["total"] and measured["gradients"] == 4 * counts["trainable"]
-    assert measured["optimiser_states"] == pytest.approx(8 * counts["trainable"], abs=4 * 200)  # step counts
-    formula = activations_by_formula(technique, read_config(tiny), settings, 6, 11)
-    assert measured["activations"] == pytest.approx(formula, abs=2000)  # labels, logits, loss
-    assert measured["forward_flop"] == rule["forward"]
-    assert measured["backward_flop"] == rule["to weights"] + rule["to activations"]
-
-
-def test_full_fine_tuning_needs_three_products_and_lora_two(tiny):
-    tokens, block, head = 6 * 11, 4 * 32 * 32 + 2 * 32 * 64, 2 * 6 * (32 * 32 + 32 * 2)
-    full, lora = (memory.memory(name, tiny, 6, 11)["rule_flop"] for name in ("full", "lora"))
-    forward = 2 * tokens * 2 * block + head
-    assert full == {"forward": forward, "to activations": forward, "to weights": forward}
-    thin = 2 * tokens * 2 * 8 * (4 * (32 + 32) + 2 * (32 + 64))
-    assert lora["forward"] == forward + thin and lora["to weights"] == thin + head
-
-
-def test_latency_times_every_variant_in_every_round(tiny):
-    found = analysis.latency(tiny, 4, rounds=3, calls=1, tokens=5)
-    assert list(found) == ["base", "base again", "merged LoRA", "unmerged LoRA", "adapters"]
-    assert all(len(times) == 3 and min(times) > 0 for times in found.values())
-
-
-def test_spans_are_averaged_over_runs_and_compared_in_pairs():
-    whole, first, second, both = (0, -1), (0, 0), (1, 1), (0, 1)
-    runs = [{whole: np.array([100.0, 100.0]), first: np.array([100.0, 0.0]), second: np.array([100.0, 100.0]),
-             both: np.array([0.0, 0.0])},
-            {whole: np.array([100.0, 0.0]), first: np.array([0.0, 0.0]), second: np.array([100.0, 0.0]),
-             both: np.array([0.0, 0.0])}]
-    found = analysis.compare_spans(runs)
-    assert found["complete"] == 75 and found["worst"] == 0 and found["runs"] == 2
-    assert found["matrix"] == [[25, 0], [None, 75]]
-    assert {name: row["mean"] for name, row in found["differences"].items()} == {
-        "worst single layer": -50, "all layers": -75, "lower half instead of upper half": -50}
-    expected = stats.paired([-100, -50], comparisons=4)  # over the runs: two layers, and two more comparisons
-    assert found["differences"]["all layers"] == vars(expected)
-
-
-def changed_copy(run, folder, old, new):
-    """A copy of a finished run whose record has `new` in place of `old`. Returns the path of the record."""
-    path = shutil.copytree(run, folder) / "run.json"
-    record = path.read_text()
-    assert old in record
-    path.write_text(record.replace(old, new))
-    return path
-
-
-def test_all_folds_of_the_setting_nearest_to_the_defaults_are_analysed(finished, tmp_path):
-    changed_copy(finished / "lora", tmp_path / "a-rank-4", '"rank": 8', '"rank": 4')
-    other_seed = changed_copy(finished / "lora", tmp_path / "b-seed-1", '"seed": 0', '"seed": 1')
-    for run in finished.iterdir():
-        shutil.copytree(run, tmp_path / run.name)
-    found = analysis.find_runs(tmp_path)
-    assert found == {name: {(0, 0): tmp_path / name} for name in ("adapter", "lora", "full")} | {
-        "lora": {(0, 0): tmp_path / "lora", (0, 1): other_seed.parent}}
-    found = analysis.find_runs(tmp_path, ("fold", "seed", "rank"))
-    assert found["lora"].keys() == {(0, 0, 4), (0, 0, 8), (0, 1, 8)}
-
-
-@torch.no_grad()
-def test_a_cut_update_is_the_projection_on_its_largest_directions(finished, tiny):
-    """The oracle: the eigenvectors of U^T U for the largest eigenvalues span the closest matrix of that rank."""
-    found = analysis.cut_updates(finished / "full")
-    assert list(found) == [0, 1, 2, 4, 8, 16, 32]
-    base = load_bert(tiny).layers
-    for rank in (0, 4, 32):
-        model, record, weights = open_run(finished / "full")
-        for name, layer in base.named_modules():
-            if isinstance(layer, nn.Linear):
-                weight = model.encoder.layers.get_submodule(name).weight
-                update = (weight - layer.weight).double()
-                largest = torch.linalg.eigh(update.T @ update).eigenvectors.flip(1)[:, :rank]
-                weight.copy_(layer.weight + update @ largest @ largest.T)
-        corpus, _, test = analysis.read_data(record, weights)
-        assert found[rank] == 100 * (predict(model, corpus.sentences(test)).argmax(1) == corpus.labels[test]).mean()
-    whole, lora = (100 * read_json(finished / name / "run.json")["metrics"]["test_accuracy"] for name in ("full", "lora"))
-    assert found[32] == pytest.approx(whole)
-    section = analysis.analyse_cuts(finished)  # against the whole update, and beside LoRA trained at the same rank
-    assert section["whole"] == found[32]
-    assert section["changes"] == {"full": {rank: [found[rank] - found[32]] for rank in list(found)[:-1]},
-                                  "lora": {8: [lora - found[32]]}}
-
-
-def test_techniques_take_turns_on_one_encoder_and_leave_its_bits(finished, tmp_path, make_settings, tiny):
-    train.run(make_settings("lora", "--limit", 64, "--top-layers", 1, "--rank", 2, out="top"))
-    found = analysis.share_encoder([finished / "lora", finished / "adapter", tmp_path / "top"], rounds=2)
-    assert [run["technique"] for run in found["runs"]] == ["lora", "adapter", "lora"]
-    assert found["encoder_mb"] == sum(tensor.nbytes for tensor in load_bert(tiny).state_dict().values()) / 1e6
-    for run in found["runs"]:
-        assert run["saved_mb"] < 0.6 * run["whole_mb"] and run["switch_ms"] > 0
-    with pytest.raises(UserError, match="full changes the base weights"):
-        analysis.share_encoder([finished / "lora", finished / "full"])
-
-
-def test_the_analysis_adds_sections_and_makes_figures_and_table_from_all_of_them(finished, tiny, tmp_path):
-    out = ["--out", str(tmp_path), "--weights", str(tiny)]
-    for more in ([], ["--cut", str(finished)], ["--tasks", str(finished / "lora"), str(finished / "adapter")],
-                 ["--runs", str(finished)]):
-        analysis.main([*out, *more])
-    content = read_json(tmp_path / "analysis.json")
-    assert [row["claim"] for row in content["claims"]] == [
-        analysis.SECTIONS[name][0] for name in ("layers", "spectrum", "cut", "tasks", "forgetting", "memory")]
-    for row in content["claims"]:
-        assert set(row) == {"claim", "source", "measured", "verdict", "figure", "command"}
-        assert shlex.split(row["command"])[:7] == ["python", "-m", "minipeft.lab.analysis", *out]
-    figures = {row["figure"] for row in content["claims"]} - {None}
-    assert len(figures) == 4 and all((tmp_path / figure).stat().st_size > 5000 for figure in figures)
-    shutil.rmtree(tmp_path / "figures")
-    assert analysis.publish(tmp_path, content) == content["claims"]  # from the numbers alone
-    assert all((tmp_path / figure).is_file() for figure in figures)
-
-
-# -- lab/explain.py ---------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def lesson(tiny):
-    return explain.Lesson(tiny, seed=3)
-
-
-def test_lora_moves_only_from_a_start_with_one_matrix_not_zero(lesson):
-    found = explain.compare_starts(lesson)
-    change, a_one, b_one, a_two, b_two = found["A random, B zero"]
-    assert change == a_one == 0 < min(b_one, a_two, b_two)
-    assert found["both zero"] == [0, 0, 0, 0, 0]
-    assert min(found["both random"]) > 0 and found["both random"][0] > 0.01
-
-
-def test_the_first_step_does_not_depend_on_the_rank_if_alpha_is_constant(lesson):
-    low, constant, growing = (explain.first_fall(lesson, *way) for way in ((2, 16), (32, 16), (32, 256)))
-    assert 0.5 < constant / low < 2 and 8 < growing / low < 32
-
-
-def test_ten_steps_learn_the_examples(lesson):
-    for technique in explain.WALKTHROUGHS:
-        losses = explain.train(lesson, lesson.build(technique), technique)
-        assert len(losses) == 10 and losses[-1] < losses[0]
-
-
-def test_an_adapter_starts_near_the_identity_unless_its_weights_are_large_or_its_skip_is_missing(lesson):
-    identity, change = explain.identity_distance(lesson, 1e-2)
-    assert 0 < identity < 0.01 and 0 < change < 0.01
-    assert min(explain.identity_distance(lesson, 1.0)) > 0.5
-    identity, change = explain.identity_distance(lesson, 1e-2, skip=False)
-    assert identity == pytest.approx(1, abs=0.01) and change > 0.1
-
-
-def test_adapters_at_exactly_zero_have_no_gradient_but_for_one_bias(lesson):
-    assert min(explain.adapter_gradients(lesson)) > 0
-    down, up, bias, norm = explain.adapter_gradients(lesson, zero=True)
-    assert down == up == 0 < min(bias, norm)
-
-
-def test_head_tuning_can_start_at_cached_vectors(lesson):
-    assert explain.compare_cache(lesson)[0] == 0
-    model = lesson.build("head")
-    explain.train(lesson, model, "head", 2)
-    assert lesson.change(model) == 0
-
-
-def walk(technique, tiny, capsys):
-    assert command_line.main(["explain", technique, "--weights", str(tiny)]) == 0
-    return capsys.readouterr().out.splitlines()
-
-
-@pytest.mark.parametrize("technique, count", [
-    ("lora", "2 blocks x 3,584 = 7,168"), ("adapter", "4 x (2 x 32 x 32 + 32 + 32) = 4 x 2,112 = 8,448"),
-    ("head", "32 x 32 + 32 = 1,056"), ("full", "41 tensors with 20,642 parameters")])
-def test_a_walkthrough_prints_numbered_steps_within_100_columns(tiny, technique, count, capsys):
-    lines = walk(technique, tiny, capsys)
-    numbers = [int(line[0]) for line in lines if re.match(r"\d\. ", line)]
-    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 3
-    assert max(map(len, lines)) <= 100
-    assert any(count in line for line in lines)
-
-
-def test_a_walkthrough_repeats_but_for_the_ratio_of_times(tiny, capsys):
-    one, two = walk("head", tiny, capsys), walk("head", tiny, capsys)
-    assert len([line for line in one if line not in two]) <= 1
-
-
-def test_the_walkthrough_of_full_fine_tuning_squares_the_singular_values(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(torch.linalg, "svdvals", lambda matrix: torch.tensor([3.0, 1.0]))
-    assert any("90% of its squared norm: 1 of 2" in line for line in walk("full", tiny, capsys))  # 9 of 10; not 3 of 4
-
-
-def test_a_walkthrough_refuses_weights_that_are_not_there_in_one_line(tmp_path, capsys):
-    assert command_line.main(["explain", "lora", "--weights", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-# -- README and exercises ---------------------------------------------------------------------------------
-
-README, EXERCISES = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "minipeft/README.md"))
-
-
-def blocks(text, language):
-    """The fenced code blocks of a Markdown file in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
-
-
-def between(text, marker):
-    return re.search(rf"<!-- {marker} -->\n(.*?)<!-- /{marker} -->", text, re.S)[1]
-
-
-def block_with(text, words):
-    """The only Python block of the README that contains these words."""
-    found, = [block for block in blocks(text, "python") if words in block]
-    return found
-
-
-def commands(text):
-    """The command lines of all shell blocks, without comments."""
-    lines = [line.partition(" #")[0] for block in blocks(text, "sh") for line in block.splitlines()]
-    return [part.strip() for line in lines for part in line.split("&&")]
-
-
-def test_the_parity_in_the_readme_is_that_of_the_result_file():
-    results = json.loads((ROOT / "results" / "parity.json").read_text())
-    for part, prefix in (("peft", "lockstep"), ("adapters", "adapters and norms, lockstep")):
-        losses, tensors = (row["difference"] for row in results[part]["rows"] if row["what"].startswith(prefix))
-        assert f"| {losses:.1e} | {tensors:.1e} |" in README
 
 
 def signed(number, digits=2):
@@ -4063,27 +3053,317 @@ def test_published_figures_are_those_of_the_records(name, figures_of, published)
     assert [words for words in figures_of(published) if words not in text] == []
 
 
-def test_what_is_said_about_the_accuracy_of_bf16_is_true_of_the_records():
-    in_fp32 = {path.name: read_json(path)["metrics"] for path in ROOT.glob("results/fp32/runs/*.json")}
-    twins = {path.name: path for folder in ("search/runs", "runs")  # a run that is in both is one pair
-             for path in (ROOT / "results" / folder).glob("*.json") if path.name in in_fp32}.values()
-    differences = np.array([[read_json(path)["metrics"][name] - in_fp32[path.name][name]
-                             for name in ("test_accuracy", "test_loss")] for path in twins])
-    high = np.array([path.name.startswith(("lora-lr-0.002-", "lora-lr-0.004-")) for path in twins])
-    said = between((ROOT / "benchmarks/README.md").read_text(), "bf16")
-    assert f"form {len(twins)} pairs" in said and high.sum() == 4
-    assert f"({100 * differences[~high, 0].mean():+.2f} on average, bf16 - fp32)" in said
-    for group, words in ((~high, "{} of them differ by at most {:.2f} points of test accuracy"),
-                         (~high, "and by at most {2:.4f} in test loss"),
-                         (high, "differ by up to {1:.2f} points and {2:.4f}")):
-        accuracy, loss = np.abs(differences[group]).max(0)
-        assert words.format(group.sum(), 100 * accuracy, loss) in said
+# -- compare.py -------------------------------------------------------------------------------------------
+
+def test_a_report_trains_nothing_repeats_to_the_byte_and_prints_commands_that_are_accepted(fake_place, monkeypatch):
+    monkeypatch.setattr(runs, "start", lambda *arguments: pytest.fail("a report must not train"))
+    fake_study(fake_place, "rank", range(2))
+    out = fake_place.out
+    searched = dataclasses.replace(fake_place, out=out / "fp32", records={}, outcomes={})
+    for fold in range(3):
+        for power in (-1, 0, 1):
+            fake_record(runs.make_run(searched, Variant("head", "head", {"lr": 8e-3 * 2.0 ** power}), fold),
+                        4 - abs(power))
+    write_json(out / "analysis.json", {"tasks": {"encoder_mb": 2, "rounds": 1, "runs": [], "command": "a command"}})
+    (out / "limits.md").write_text("- A limit of these runs.\n")
+    contents = []
+    for _ in range(2):
+        assert compare.main(compare.parse(["--report", "--out", str(out)])) == 0
+        contents.append({path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*.*")
+                         if "runs" not in path.parts})
+    assert contents[0] == contents[1]
+    assert contents[0].keys() == {
+        "README.md", "analysis.json", "limits.md", "studies/rank.md", "studies/imdb.md", "studies/learning-rates.md",
+        "figures/imdb-curves.png", "figures/rates.png", "figures/contrasts.png"}
+    readme, pages = contents[0]["README.md"].decode(), b"".join(contents[0].values()).decode(errors="replace")
+    assert "| `a command` | " in readme and "- A limit of these runs.\n" in readme
+    for command in re.findall(r"`(python compare.py [^`]+)`", pages):
+        compare.parse(shlex.split(command)[2:])
+    commands = re.findall(r"`(python train.py [^`]+)`", pages)
+    assert {options.parse(shlex.split(command)[2:]).test for command in commands} == {None, "t.csv"}
 
 
-def test_readme_has_about_1500_words_outside_code():
-    text = re.sub(r"^```.*?^```$|<!--.*?-->|\$.*?\$|\]\(.*?\)", "", README, flags=re.M | re.S)  # nor formulas and links
-    words = [word for word in text.split() if re.search("[a-zA-Z]", word)]
-    assert 1300 <= len(words) <= 1700, len(words)
+def test_without_a_search_on_the_user_s_data_the_first_line_says_so_and_names_the_command(
+        fake_place, monkeypatch, capsys, without_pictures):
+    fake_place.common |= {"data": "my.csv", "weights": "w"}
+
+    def train_missing(missing, jobs):
+        for run in missing:
+            if run.record is None:
+                fake_record(run, max(0.1, 3 - abs(math.log(run.settings.lr / 1.2e-3))))  # 1.2e-3 is best
+
+    monkeypatch.setattr(compare, "find_place", lambda out, common: dataclasses.replace(fake_place, common=common))
+    for module in (compare, rates):
+        monkeypatch.setattr(module, "train_missing", train_missing)
+    words = ["--data", "my.csv", "--weights", "w", "--out", str(fake_place.out)]
+    assert compare.main(compare.parse(words)) == 0
+    said, readme = capsys.readouterr().out, (fake_place.out / "README.md").read_text()
+    assert max(map(len, said.splitlines())) <= 100 and "on my.csv" in said and "not searched" in said.split("\n\n")[0]
+    assert "**not searched**" in readme.split("\n\n")[2]
+    assert "Data: my.csv:" in readme and "movie reviews, not" in readme
+    assert "Add `--search`" in readme
+    assert compare.main(compare.parse([*words, "--search"])) == 0
+    said, readme = capsys.readouterr().out, (fake_place.out / "README.md").read_text()
+    assert "not searched" not in said + readme and "by a search on this data" in readme
+    found = read_json(fake_place.out / "comparison.json")["rates"]
+    assert found == {"head": 2e-3, "adapter": 1e-3, "lora": 2e-3, "full": 1.6e-3}
+
+
+def test_a_readme_that_compare_did_not_write_is_never_replaced(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    for content in (b"# My project\n", b"# Results\n\nOf my project.\n", "# Results\n".encode("utf-16")):
+        readme.write_bytes(content)
+        code = files.run_program("compare.py", compare.main, compare.parse(["--out", str(tmp_path)]))
+        assert code == 2 and readme.read_bytes() == content
+    assert f"{readme} was not written by compare.py" in capsys.readouterr().err
+
+
+def test_quick_says_nothing_about_the_order_of_the_techniques(fake_place, monkeypatch, capsys, without_pictures):
+    def train_missing(missing, jobs):
+        for index, run in enumerate(missing):
+            fake_record(run, 1 + index)
+
+    monkeypatch.setattr(compare, "find_place", lambda out, common: dataclasses.replace(fake_place, common=common))
+    monkeypatch.setattr(compare, "train_missing", train_missing)
+    assert compare.main(compare.parse(["--quick", "--out", str(fake_place.out)])) == 0
+    for said in (capsys.readouterr().out, (fake_place.out / "studies/techniques.md").read_text()):
+        assert "head tuning" in said and "too short to rank" in said
+        assert not re.search("better|worse|points|equivalent|verdict|gain|claim", said)
+
+
+# -- lab/analysis.py and lab/memory.py --------------------------------------------------------------------
+
+@pytest.fixture
+def three_runs(finished, tmp_path):
+    """A folder of short finished runs of adapters, LoRA and full fine-tuning."""
+    for technique, more in (("adapter", ["--epochs", 8]), ("lora", []), ("full", ["--lr", 1e-3])):
+        shutil.copytree(finished(technique, *more), tmp_path / "three" / technique)
+    return tmp_path / "three"
+
+
+def test_the_accuracy_without_a_span_of_adapters_is_that_of_a_copy_with_those_adapters_at_zero(three_runs):
+    found = analysis.compare_spans([analysis.layer_spans(three_runs / "adapter")])
+    model, record, weights = open_run(three_runs / "adapter")
+    corpus, _, test = analysis.read_data(record, weights)
+    assert found["complete"] == pytest.approx(100 * record["metrics"]["test_accuracy"])
+    (first, both), (none, _) = found["matrix"]
+    assert none is None and len({found["complete"], first, both}) == 3
+    for last in (0, 1):
+        for layer in model.encoder.layers[:last + 1]:
+            for bottleneck in explain.layers_of(layer, Adapter):
+                nn.init.zeros_(bottleneck.up.weight)
+                nn.init.zeros_(bottleneck.up.bias)
+        predicted = predict(model, corpus.sentences(test)).argmax(1)
+        assert found["matrix"][0][last] == pytest.approx(100 * (predicted == corpus.labels[test]).mean())
+
+
+def test_the_rank_of_energy_is_found_by_hand():
+    assert analysis.rank_of_energy([9.0, 1.0]) == 1         # 9 of 10: exactly 90%
+    assert analysis.rank_of_energy([9.0, 1.1]) == 2
+    assert analysis.rank_of_energy([1.0] * 10) == 9
+    assert analysis.rank_of_energy([2.0, 0.0, 0.0]) == 1
+
+
+def test_an_intruder_is_a_direction_that_the_old_matrix_does_not_have():
+    before = torch.zeros(6, 3, dtype=torch.double)
+    before[:3] = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    new = torch.zeros(6, 3, dtype=torch.double)
+    new[4, 2] = 9.0  # a large singular value whose left vector is none of the old ones
+    assert analysis.intruders(before, before, top=3) == 0
+    assert analysis.intruders(before, 2 * before, top=3) == 0
+    assert analysis.intruders(before, before + new, top=3) == 1
+
+
+def test_the_spectrum_of_an_update_is_that_of_the_difference_of_the_weights(three_runs, tiny):
+    base, name = load_bert(tiny), "layers.1.feed_forward.intermediate"
+    for technique in ("lora", "full"):
+        found, model = analysis.update_spectrum(three_runs / technique), open_run(three_runs / technique)[0]
+        assert len(found) == 12
+        update = model.get_submodule(f"encoder.{name}").weight.detach() - base.get_submodule(name).weight.detach()
+        # singular values by the eigenvalues of U^T U
+        values = torch.linalg.eigvalsh(update.double().T @ update.double()).clamp(min=0).sqrt().flip(0)
+        assert found[name]["rank"] == analysis.rank_of_energy(values ** 2)
+        assert (values[8:] < 1e-6).all() == (technique == "lora")  # rank 8 of 32
+
+
+def test_rank_correlation_of_a_case_worked_by_hand():
+    # ranks 1, 2.5, 2.5, 4 and 2, 1, 3, 4: deviations -1.5, 0, 0, 1.5 and -0.5, -1.5, 0.5, 1.5
+    assert analysis.spearman(np.array([0, 5, 5, 9]), np.array([2, 1, 3, 40])) == pytest.approx(3 / math.sqrt(4.5 * 5))
+    assert analysis.spearman(np.array([1, 2, 3.0]), np.array([1, 10, 1000])) == pytest.approx(1)
+    assert analysis.spearman(np.array([1, 2, 3.0]), np.array([3, 2, 1])) == pytest.approx(-1)
+    assert analysis.cosines(np.array([[1.0, 0], [2, 0], [1, 1]])) == pytest.approx([1, 0.5**0.5, 0.5**0.5])
+
+
+def test_an_unchanged_encoder_forgets_nothing_and_a_trained_one_something(finished):
+    assert analysis.similarity_kept(finished("head"))["correlation"] == pytest.approx(1)
+    found = analysis.similarity_kept(finished("full", "--lr", 1e-3), count=10)
+    assert found["correlation"] < 0.999 and len(found["groups"]) == 3 and np.isfinite(found["groups"]).all()
+
+
+def activations_by_formula(technique, config, settings, sentences, tokens):
+    """Bytes of the activations that autograd keeps for the backward pass, in fp32, without padding and encoder dropout.
+
+    Per token and block: query, key, value, context and one log-sum-exp a head (fused attention keeps it instead of its
+    weights); the inputs of two norms with mean and deviation; GELU's input. A weight's gradient needs the input of its
+    layer: the block's input, the first norm's output, GELU's output (the context is there already).
+    """
+    h, f = config.hidden_size, config.intermediate_size
+    attention = 4 * h + config.num_attention_heads
+    plain, inputs = attention + 2 * (h + 2) + f, 2 * h + f
+    match technique:  # values a token: in each block, and once
+        case "head":
+            block, once = 0, 0
+        case "adapter":  # nothing below the first adapter
+            block, once = plain + 2 * (h + 2 * settings.bottleneck), -attention
+        case "lora":
+            block, once = plain + inputs + 6 * settings.rank, 0
+        case "bitfit":  # the input of the embeddings' norm
+            block, once = plain, h + 2
+        case "full":  # the same, and token ids of 8 bytes
+            block, once = plain + inputs, h + 4
+    return 4 * (sentences * tokens * (config.num_hidden_layers * block + once) + 4 * sentences * h)  # last: the head
+
+
+@pytest.mark.parametrize("technique", options.TECHNIQUES)
+def test_memory_and_matrix_products_are_what_the_formulas_say(tiny, technique):
+    measured, settings = memory.memory(technique, tiny, sentences=6, tokens=11), options.parse([technique])
+    counts, rule = models.count_parameters(memory.make_model(technique, tiny)), measured["rule_flop"]
+    assert measured["weights"] == 4 * counts["total"] and measured["gradients"] == 4 * counts["trainable"]
+    assert measured["optimiser_states"] == pytest.approx(8 * counts["trainable"], abs=4 * 200)  # step counts
+    formula = activations_by_formula(technique, read_config(tiny), settings, 6, 11)
+    assert measured["activations"] == pytest.approx(formula, abs=2000)  # labels, logits, loss
+    assert measured["forward_flop"] == rule["forward"]
+    assert measured["backward_flop"] == rule["to weights"] + rule["to activations"]
+
+
+@torch.no_grad()
+def test_a_cut_update_is_the_projection_on_its_largest_directions(three_runs, tiny):
+    """The oracle: the eigenvectors of U^T U for the largest eigenvalues span the closest matrix of that rank."""
+    found, base = analysis.cut_updates(three_runs / "full"), load_bert(tiny).layers
+    for rank in (0, 4, 32):
+        model, record, weights = open_run(three_runs / "full")
+        for name, layer in base.named_modules():
+            if isinstance(layer, nn.Linear):
+                weight = model.encoder.layers.get_submodule(name).weight
+                update = (weight - layer.weight).double()
+                largest = torch.linalg.eigh(update.T @ update).eigenvectors.flip(1)[:, :rank]
+                weight.copy_(layer.weight + update @ largest @ largest.T)
+        corpus, _, test = analysis.read_data(record, weights)
+        assert found[rank] == 100 * (predict(model, corpus.sentences(test)).argmax(1) == corpus.labels[test]).mean()
+    lora = 100 * read_json(three_runs / "lora/run.json")["metrics"]["test_accuracy"]
+    section = analysis.analyse_cuts(three_runs)  # against the whole update, and beside LoRA trained at the same rank
+    assert section["whole"] == found[32]
+    assert section["changes"] == {"full": {rank: [found[rank] - found[32]] for rank in list(found)[:-1]},
+                                  "lora": {8: [lora - found[32]]}}
+
+
+def test_techniques_take_turns_on_one_encoder_and_leave_its_bits(finished, tiny):
+    one, other = finished("lora"), finished("lora", "--top-layers", 1, "--rank", 2)
+    found = analysis.share_encoder([one, finished("adapter"), other], rounds=2)  # it compares the bits itself
+    assert [run["technique"] for run in found["runs"]] == ["lora", "adapter", "lora"]
+    assert found["encoder_mb"] == sum(tensor.nbytes for tensor in load_bert(tiny).state_dict().values()) / 1e6
+    with user_error("full changes the base weights"):
+        analysis.share_encoder([one, finished("full", "--lr", 1e-3)])
+
+
+def test_the_analysis_adds_sections_and_makes_figures_and_table_from_all_of_them(three_runs, tiny, tmp_path):
+    out = ["--out", str(tmp_path), "--weights", str(tiny)]
+    for more in ([], ["--cut", three_runs], ["--tasks", three_runs / "lora", three_runs / "adapter"],
+                 ["--runs", three_runs]):
+        analysis.main([*out, *map(str, more)])
+    content = read_json(tmp_path / "analysis.json")
+    assert [row["claim"] for row in content["claims"]] == [
+        analysis.SECTIONS[name][0] for name in ("layers", "spectrum", "cut", "tasks", "forgetting", "memory")]
+    for row in content["claims"]:
+        assert set(row) == {"claim", "source", "measured", "verdict", "figure", "command"}
+        assert shlex.split(row["command"])[:7] == ["python", "-m", "minipeft.lab.analysis", *out]
+    drawn = {row["figure"] for row in content["claims"]} - {None}
+    shutil.rmtree(tmp_path / "figures")
+    assert analysis.publish(tmp_path, content) == content["claims"]  # from the numbers alone
+    assert len(drawn) == 4 and all((tmp_path / figure).stat().st_size > 5000 for figure in drawn)
+
+
+# -- lab/explain.py ---------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def lesson(tiny):
+    return explain.Lesson(tiny, seed=3)
+
+
+def test_lora_moves_only_from_a_start_with_one_matrix_not_zero(lesson):
+    found = explain.compare_starts(lesson)
+    change, a_one, b_one, a_two, b_two = found["A random, B zero"]
+    assert change == a_one == 0 < min(b_one, a_two, b_two)
+    assert found["both zero"] == [0, 0, 0, 0, 0]
+    assert min(found["both random"]) > 0 and found["both random"][0] > 0.01
+
+
+def test_the_first_step_does_not_depend_on_the_rank_if_alpha_is_constant(lesson):
+    low, constant, growing = (explain.first_fall(lesson, *way) for way in ((2, 16), (32, 16), (32, 256)))
+    assert 0.5 < constant / low < 2 and 8 < growing / low < 32
+
+
+def test_an_adapter_starts_near_the_identity_unless_its_weights_are_large_or_its_skip_is_missing(lesson):
+    identity, change = explain.identity_distance(lesson, 1e-2)
+    assert 0 < identity < 0.01 and 0 < change < 0.01
+    assert min(explain.identity_distance(lesson, 1.0)) > 0.5
+    identity, change = explain.identity_distance(lesson, 1e-2, skip=False)
+    assert identity == pytest.approx(1, abs=0.01) and change > 0.1
+
+
+def test_adapters_at_exactly_zero_have_no_gradient_but_for_one_bias(lesson):
+    assert min(explain.adapter_gradients(lesson)) > 0
+    down, up, bias, norm = explain.adapter_gradients(lesson, zero=True)
+    assert down == up == 0 < min(bias, norm)
+
+
+def walk(technique, tiny, capsys):
+    assert command_line.main(["explain", technique, "--weights", str(tiny)]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("technique, count", [
+    ("lora", "2 blocks x 3,584 = 7,168"), ("adapter", "4 x (2 x 32 x 32 + 32 + 32) = 4 x 2,112 = 8,448"),
+    ("head", "32 x 32 + 32 = 1,056"), ("full", "41 tensors with 20,642 parameters")])
+def test_a_walkthrough_prints_numbered_steps_within_100_columns(tiny, technique, count, capsys):
+    lines = walk(technique, tiny, capsys)
+    numbers = [int(line[0]) for line in lines if re.match(r"\d\. ", line)]
+    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 3
+    assert max(map(len, lines)) <= 100
+    assert any(count in line for line in lines)
+
+
+# -- README and exercises ---------------------------------------------------------------------------------
+
+README, EXERCISES = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "minipeft/README.md"))
+
+
+def blocks(text, language):
+    """The fenced code blocks of a Markdown file in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
+def between(text, marker):
+    return re.search(rf"<!-- {marker} -->\n(.*?)<!-- /{marker} -->", text, re.S)[1]
+
+
+def block_with(text, words):
+    """The only Python block of the README that contains these words."""
+    found, = [block for block in blocks(text, "python") if words in block]
+    return found
+
+
+def commands(text):
+    """The command lines of all shell blocks, without comments."""
+    lines = [line.partition(" #")[0] for block in blocks(text, "sh") for line in block.splitlines()]
+    return [part.strip() for line in lines for part in line.split("&&")]
+
+
+def test_the_parity_in_the_readme_is_that_of_the_result_file():
+    results = json.loads((ROOT / "results" / "parity.json").read_text())
+    for part, prefix in (("peft", "lockstep"), ("adapters", "adapters and norms, lockstep")):
+        losses, tensors = (row["difference"] for row in results[part]["rows"] if row["what"].startswith(prefix))
+        assert f"| {losses:.1e} | {tensors:.1e} |" in README
 
 
 def test_every_command_in_a_readme_is_accepted_by_its_program(monkeypatch):
@@ -4151,25 +3431,6 @@ def test_the_counts_and_costs_in_the_readme_are_those_of_the_default_model(real)
         assert f"{number:,}" in README
 
 
-def test_with_alpha_over_rank_the_first_adam_step_lowers_the_loss_equally_at_every_rank():
-    def fall(rank, alpha):
-        falls = []
-        for seed in range(10):
-            torch.manual_seed(seed)
-            layer = lora.LoRALinear(base, rank, alpha)
-            optimizer = torch.optim.Adam([layer.lora_A, layer.lora_B], 1e-4)
-            before = F.mse_loss(layer(x), target)
-            before.backward()
-            optimizer.step()
-            falls.append((before - F.mse_loss(layer(x), target)).item())
-        return sum(falls) / len(falls)
-
-    torch.manual_seed(0)
-    base, x, target = nn.Linear(128, 64), torch.randn(32, 128), torch.randn(32, 64)
-    assert fall(64, alpha=16) == pytest.approx(fall(4, alpha=16), rel=0.1)
-    assert fall(64, alpha=16 * 64) == pytest.approx(16 * fall(4, alpha=16 * 4), rel=0.1)  # BAx without the division
-
-
 def shape(line):
     """A line of output without its numbers and names of files."""
     return re.sub(r"[\d.,]+", "N", re.sub(r"\S*(runs|run|/)\S*", "PATH", line)).split()
@@ -4226,7 +3487,7 @@ def test_the_snippet_for_your_own_model_runs_and_the_error_reads_as_shown():
 
 
 def test_a_technique_is_one_file_one_row_and_one_entry(make_settings, tmp_path, monkeypatch):
-    """Add IA3 with the code of the README, train it, open the run and compare it with LoRA."""
+    """Add IA3 with the code of the README, train it and open the run."""
     path = tmp_path / "ia3.py"
     path.write_text(block_with(README, "class IA3Linear"))
     spec = importlib.util.spec_from_file_location("minipeft.ia3", path)
@@ -4235,25 +3496,11 @@ def test_a_technique_is_one_file_one_row_and_one_entry(make_settings, tmp_path, 
     row, entry = block_with(README, '"ia3": Technique'), block_with(README, '"ia3": lambda')
     monkeypatch.setitem(options.TECHNIQUES, "ia3", eval("{" + row + "}", vars(options))["ia3"])
     monkeypatch.setitem(models.APPLY, "ia3", eval("{" + entry + "}", vars(ia3))["ia3"])
-
-    settings = make_settings("ia3", out="ia3")
-    record = train.run(settings)
+    record = train.run(make_settings("ia3"))
     assert record["parameters"]["technique"] == 2 * 2 * 32  # layers, keys and values, hidden
     assert record["history"][1]["train_loss"] < record["history"][0]["train_loss"]
-    model, _, _ = checkpoint.open_run(tmp_path / "ia3")
+    model, _, _ = open_run(tmp_path / "run")
     assert all(not torch.equal(layer.attention.value.scale, torch.ones(32)) for layer in model.encoder.layers)
-
-    variants = [Variant(name, name, {"lr": 1e-2}) for name in ("ia3", "lora")]
-    monkeypatch.setitem(STUDIES, "ia3", Study("IA3 or LoRA?", "README", variants, [Contrast("ia3", "lora")]))
-    common = {name: getattr(settings, name) for name in options.common_defaults()}
-    place = runs.Place(tmp_path / "comparison", common, record["weights_sha256"], record["data_sha256"])
-    for variant in variants:
-        run = runs.make_run(place, variant, 0)
-        write_json(run.path, train.run(run.settings))
-        place.add(run.path)
-    result = result_of(place, "ia3")
-    assert result.findings[0].contrast.name == "IA3 - LoRA" and result.findings[0].accuracy
-    assert [row[:3] for row in report.quality_rows(result)[1:]] == [["IA3", 1, "0.01"], ["LoRA", 1, "0.01"]]
 
 
 SOLUTIONS = ("""
@@ -4288,56 +3535,25 @@ def checkpointed(encoder):
 """)
 
 
-WRONG = (("3 * hidden", "2 * hidden"), ("(True, True, False)", "(True, True, True)"), ("*= layer.scale", "*= 1"),
-         ("self.scaling * ", ""), ("for layer in encoder.layers", "for layer in ()"))
-
-
-def test_each_exercise_has_a_test_that_a_solution_passes_and_a_wrong_one_does_not():
-    given = {"torch": torch, "nn": nn, "F": F, "lora": lora, "copy": copy, "functools": functools}
+def test_each_exercise_has_a_test_that_a_solution_passes():
     tests = [block for block in blocks(EXERCISES, "python") if block.startswith("# test")]
-    for solution, wrong, test in zip(SOLUTIONS, WRONG, tests, strict=True):
-        names, others = dict(given), dict(given)
+    for solution, test in zip(SOLUTIONS, tests, strict=True):
+        names = {"torch": torch, "nn": nn, "F": F, "lora": lora, "copy": copy, "functools": functools}
         exec(solution, names)
         exec(test, names)
-        exec(solution.replace(*wrong), others)
-        with pytest.raises(AssertionError):
-            exec(test, others)
 
 
 def test_the_figures_are_drawn_from_the_shapes_of_any_bert_without_overlaps(real, tiny, tmp_path):
     figures.main(["--weights", str(tiny), "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {*figures.FIGURES}
-    config, written = read_config(real), {}
-    for name, draw in figures.FIGURES.items():
-        figure = draw(config)
+    for draw in figures.FIGURES.values():
+        figure = draw(read_config(real))
         figure.canvas.draw()
         texts = [text for text in figure.axes[0].texts if text.get_text()]
-        written[name] = " ".join(text.get_text() for text in texts)
         boxes = [text.get_window_extent().padded(-1) for text in texts]
         for number, box in enumerate(boxes):
             assert 0 <= box.x0 and box.x1 <= figures.WIDTH
             assert not any(box.overlaps(other) for other in boxes[number + 1:]), texts[number]
-    for words in ("384 × 384", "1,536 × 384", "12 heads of 32", "148,610", "299,904", "9,216", "331,776",
-                  "22,565,376"):
-        assert words in written["mechanism.png"]
-    assert "dropout" in written["adapter.png"] and "= 6,144 trained" in written["lora.png"]
-
-
-# STYLE.md's left column: what is not said in this repository, in code or prose.
-AVOIDED = ("of our own", "is asked once", "by the book", "mended", "said aloud", "whole or not at all", "path aside",
-           "is there is not run again", "goes on where", "not distinguished", "hangs on", "first weights", "by halves",
-           "where it lies", "chances", "do most of what", "best dev score", "says the same of", "speaks of")
-
-
-PLACES = ("*.py", "*.md", "minipeft/*.py", "minipeft/*.md", "benchmarks/*.py", "*/README.md")
-PATHS = {path.relative_to(ROOT).as_posix() for place in PLACES for path in ROOT.glob(place)}
-
-
-@pytest.mark.parametrize("path", sorted(PATHS))
-def test_language_is_plain(path):
-    text = re.sub(r"^AVOIDED = .*?\)$", "", (ROOT / path).read_text(encoding="utf-8"), flags=re.M | re.S)
-    text = " ".join(text.lower().split())
-    assert [words for words in AVOIDED if re.search(rf"\b{re.escape(words)}\b", text)] == []
 
 
 # -- benchmarks/speed.py ----------------------------------------------------------------------------------
@@ -4354,40 +3570,9 @@ def test_the_benchmark_counts_the_operations_that_torch_counts(speed, tiny, monk
     assert fast.speed_up(encoder, Compute("cpu", "fp32"), [fast.FastAttention])
     with FlopCounterMode(display=False) as counter:
         encoder(random_ids(batch=3, length=10)).sum().backward()
-    assert speed["lora_flops"](np.full(3, 10, np.int32), encoder.config, rank=8) == counter.get_total_flops()
-
-
-def test_the_benchmark_s_tables_hold_medians_and_ratios_of_pairs(speed):
-    runs, factors = {}, {"usual": 3, "best": 1.5, "minipeft": 1}
-    for pair, slow in enumerate((1, 10, 1.1)):  # the machine was busy in the second pair
-        runs[f"peak/{pair}"] = {"fp32": 100.0, "bf16": 10.0}
-        for side, factor in factors.items():
-            for part in (*speed["EPOCHS"], "long-256"):
-                runs[f"{part}/{side}/{pair}"] = {
-                    "seconds": 20 * factor * slow, "first_step_seconds": 5.0, "peak_memory_mb": 1000 * factor,
-                    "sentences_per_second": 200 / factor / slow, "precision": "fp32"}
-        for rung, seconds in ((0, 8.0), (1, 4.0), (3, 3.2)):
-            runs[f"ladder/{rung}/{pair}"] = {"seconds": seconds * slow, "peak_memory_mb": 900}
-        runs[f"long-256/plain/{pair}"] = {"seconds": 30.0, "peak_memory_mb": 1234.0}
-        runs[f"jobs/1/{pair}"] = {"seconds": 36.0, "threads": 2}
-        runs[f"jobs/2/{pair}"] = {"seconds": 60.0, "threads": 1}
-    for number, seconds in enumerate((6.0, 5.0)):
-        runs[f"trial/{number}"] = {"seconds": seconds, "side": speed["TRIAL"][number]}
-    about = {"processor": "A processor", "threads": 2, "flags": ["avx2", "fma"], "versions": {"torch": "2"},
-             "tokens": 100, "whole_tokens": 1000, "lora_flops": 11e11}
-    options = {"pairs": 3, "steps": 20, "long": [256], "long_steps": 2, "trial_steps": 4}
-    lines = speed["tables"]({"about": about, "options": options, "runs": runs})
-    assert "fp32, sdpa" in lines[0] and "bf16 is emulated here" in lines[0] and "avx2, fma" in lines[0]
-    for line in ("| LoRA, seconds an epoch | 660 | 330 | 220 | 3.00 (aim 2.2) | 1.50 (aim 2.0) |",
-                 "| inference, sentences a second | 60.6 | 121 | 182 | 3.00 (aim 4) | 1.50 (aim 1.25) |",
-                 "| LoRA at 256 tokens, seconds a step | 33.0 | 16.5 | 11.0 | 3.00 (aim 3) | 1.50 (aim 1.5) |",
-                 "| plain loop, shuffled batches | 88.0 | 1.00 | 900 |",
-                 "| LoRA's gradient by hand | 35.2 | 1.25 | 900 |",
-                 "| share of the faster one that training reaches | 50% (aim 65%) |",
-                 "| 256 tokens, plain modules | 15.0 s a step, 1,234 MB |",
-                 "| runs of 640 sentences an hour, one after the other, threads each: 2 | 100 |",
-                 "| runs of 640 sentences an hour, two at once, threads each: 1 | 120 |"):
-        assert line in lines
+    first_block = 3 * 30 * 2 * (32 * 32 + 8 * 32)  # its query, key and value need no gradient of their input
+    counted = speed["count_flops"](np.full(3, 10, np.int32), encoder.config)["lora"]
+    assert counted - first_block == counter.get_total_flops()
 
 
 # -- benchmarks/README.md ---------------------------------------------------------------------------------

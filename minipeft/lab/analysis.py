@@ -159,7 +159,7 @@ def draw_ranks(found, path):
                   for kind, ranks in ranks_by_block(found[technique]).items()}
         panels.append(plots.Panel(series, "block, from the bottom", "rank", plots.look(technique)[0], log=False))
     return plots.series([panels], "how many singular values of an update W - W0 hold 90% of its squared norm; mean of "
-                        f"{len(found['full'])} runs. The scales differ", path, (9, 4.6), sharey=False)
+                        f"{len(found['full'])} runs", path)
 
 
 # -- cut the update to a low rank -------------------------------------------------------------------------
