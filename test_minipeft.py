@@ -3073,14 +3073,14 @@ def test_a_report_trains_nothing_repeats_to_the_byte_and_prints_commands_that_ar
                          if "runs" not in path.parts})
     assert contents[0] == contents[1]
     assert contents[0].keys() == {
-        "README.md", "analysis.json", "limits.md", "studies/rank.md", "studies/imdb.md", "studies/learning-rates.md",
-        "figures/imdb-curves.png", "figures/rates.png", "figures/contrasts.png"}
+        "README.md", "analysis.json", "limits.md", "studies/rank.md", "studies/learning-rates.md", "figures/rates.png",
+        "figures/contrasts.png"}
     readme, pages = contents[0]["README.md"].decode(), b"".join(contents[0].values()).decode(errors="replace")
     assert "| `a command` | " in readme and "- A limit of these runs.\n" in readme
     for command in re.findall(r"`(python compare.py [^`]+)`", pages):
         compare.parse(shlex.split(command)[2:])
     commands = re.findall(r"`(python train.py [^`]+)`", pages)
-    assert {options.parse(shlex.split(command)[2:]).test for command in commands} == {None, "t.csv"}
+    assert {options.parse(shlex.split(command)[2:]).technique for command in commands} == {"lora"}
 
 
 def test_without_a_search_on_the_user_s_data_the_first_line_says_so_and_names_the_command(

@@ -422,10 +422,10 @@ def tables(content):
             times = median(own / other if row.figure == "sentences_per_second" else other / own for other, own in pairs)
             cells.append("equal" if abs(times - 1) <= EQUAL else f"{times:.2f}")
         share = ""
-        if row.figure == "seconds" and row.part in about["flops"]:
+        if row.figure == "seconds" and row.part in about.get("flops", ()):  # files of 2026-11 lack these counts
             share = about["flops"][row.part] / median(runs[f"{row.part}/minipeft/{pair}"]["seconds"]
                                                       for pair in range(options["pairs"]))
-        if row.figure == "sentences_per_second":
+        if row.figure == "sentences_per_second" and "dev_flops" in about:
             share = about["dev_flops"] / about["dev_sentences"] * median(values("lora/minipeft", row.figure))
         cells.append(share and f"{share / 1e9 / fastest:.0%}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -450,6 +450,8 @@ def tables(content):
         threads, seconds = runs[f"jobs/{number}/0"]["threads"], median(values(f"jobs/{number}"))
         lines.append(f"| runs of {32 * options['steps']} sentences an hour, {words}, threads each: {threads} | "
                      f"{number * 3600 / seconds:.0f} |")
+    if "neighbour/ours/quiet/0" not in runs:
+        return lines
     lines += ["", f"| {32 * options['steps']} sentences, seconds | quiet | one busy neighbour | times |",
               "|---|---|---|---|"]
     for spin, words in zip(SPINS, ("waiting threads give way (minipeft)", "waiting threads spin (GNU's default)")):

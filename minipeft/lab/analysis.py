@@ -191,14 +191,15 @@ def analyse_cuts(folder, weights=None):
     full = {repeat: cut_updates(run, weights) for repeat, run in find_runs(folder).get("full", {}).items()}
     if not full:
         raise UserError(f"{folder} holds no finished run of full fine-tuning: train.py full makes one")
-    whole = {repeat: accuracies.pop(max(accuracies)) for repeat, accuracies in full.items()}
+    largest = max(map(max, full.values()))
+    whole = {repeat: accuracies.pop(largest) for repeat, accuracies in full.items()}
     ranks = next(iter(full.values())).keys()
     changes = {"full": {rank: [full[repeat][rank] - whole[repeat] for repeat in full] for rank in ranks}, "lora": {}}
     for (*repeat, rank), run in find_runs(folder, ("fold", "seed", "rank")).get("lora", {}).items():
         if tuple(repeat) in full and rank in ranks:
             accuracy = 100 * checkpoint.read_record(run / checkpoint.RECORD)["metrics"]["test_accuracy"]
             changes["lora"].setdefault(rank, []).append(accuracy - whole[tuple(repeat)])
-    return {"whole": np.mean(list(whole.values())), "changes": changes}
+    return {"whole": np.mean(list(whole.values())), "largest": largest, "changes": changes}
 
 
 def cut_intervals(found):
@@ -213,9 +214,10 @@ def draw_cut(found, path):
     """The accuracy of updates cut to a rank, beside LoRA trained at that rank."""
     series, whole = {}, found["whole"]
     for technique, rank, row in cut_intervals(found):
-        point = plots.Point(rank, whole + row.mean, whole + row.low, whole + row.high)
-        series.setdefault(technique, []).append(point)
-    series["full"].append(plots.Point("whole", whole))
+        if rank != "0":  # the axis is logarithmic
+            point = plots.Point(int(rank), whole + row.mean, whole + row.low, whole + row.high)
+            series.setdefault(technique, []).append(point)
+    series["full"].append(plots.Point(found["largest"], whole))
     return plots.series([[plots.Panel(series, "rank", "accuracy (%)")]], "full fine-tuning: the updates of the blocks' "
                         "matrices cut to this rank after training, all else as trained;\nLoRA: trained at this rank. "
                         "Bars: 95% intervals of the difference from the whole update, over folds", path)
