@@ -187,11 +187,9 @@ def export(options):
 
 def add_explain(commands):
     parser = commands.add_parser("explain", help="walk through a technique with real numbers", description=(
-        "Walk through a technique on the real model, in seconds: what is swapped and how many parameters it trains, "
-        "why it starts as it does, which gradients exist at the first step, one sentence before and after ten steps of "
-        "training, and what a training step needs in memory and matrix products. lora: also the merge; adapter: why it "
-        "cannot be merged; head: the cache; full: how far the weights move."))
-    parser.add_argument("technique", choices=("lora", "adapter", "head", "full"), help="what is explained")
+        "Walk through a technique on the real model, in seconds: the live version of README.md's parts on it."))
+    parser.add_argument("technique", nargs="?", choices=("lora", "adapter", "head", "full"),
+                        help="what is explained; without it, the list of what each teaches is printed")
     parser.add_argument("--seed", metavar="N", type=number(int, 0, 2**32 - 1), default=0,
                         help="of all random numbers (default: 0)")
     parser.add_argument("--weights", metavar="FOLDER", help="base weights (default: all-MiniLM-L6-v2, fetched once)")
