@@ -38,7 +38,7 @@ FORWARD, LOSS, TENSOR = 1e-5, 1e-6, 1e-5  # the targets
 STEPS, BATCH = 50, 8
 
 # How a technique file is used with someone else's model: `model` is a DistilBertForSequenceClassification of
-# transformers, `train(model, optimizer)` its training loop. The README prints these, and the tests run them.
+# transformers, `train(model, optimizer)` its training loop. run_snippets runs them.
 SNIPPETS = {
     "head": """\
 # before: everything is trained
