@@ -38,7 +38,7 @@ FORWARD, LOSS, TENSOR = 1e-5, 1e-6, 1e-5  # the targets
 STEPS, BATCH = 50, 8
 
 # How a technique file is used with someone else's model: `model` is a DistilBertForSequenceClassification of
-# transformers, `train(model, optimizer)` its training loop. The README prints these, and the tests run them.
+# transformers, `train(model, optimizer)` its training loop. run_snippets runs them.
 SNIPPETS = {
     "head": """\
 # before: everything is trained
@@ -78,6 +78,25 @@ save_file(lora_state(model), "lora.safetensors")
 merge_lora(model)
 """,
 }
+
+# The same with a decoder. The README prints it, and run_decoder runs it.
+DECODER = """\
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from lora import add_lora, load_lora, lora_state, merge_lora  # your copy of minipeft/lora.py
+
+targets = ["c_attn", "c_fc", "c_proj"]  # GPT-2's names; Llama's: q_proj, v_proj, gate_proj, up_proj, down_proj
+model = AutoModelForCausalLM.from_pretrained("gpt2")
+add_lora(model, targets)  # all else is frozen, lm_head too: it shares its weight with the token embedding
+train(model)              # your loop, on the parameters that require a gradient
+save_file(lora_state(model), "task.safetensors")
+
+model = AutoModelForCausalLM.from_pretrained("gpt2")
+add_lora(model, targets)
+load_lora(model, load_file("task.safetensors"))
+merge_lora(model)         # plain layers again; lm_head and the embedding still share their weight
+model.save_pretrained("merged")
+"""
 
 
 # -- measuring --------------------------------------------------------------------------------------------
@@ -484,6 +503,41 @@ def run_snippets(make_model, inputs, folder):
     sys.path.remove(str(folder))
 
 
+def run_decoder(folder):
+    """Run DECODER as it is printed, on a tiny GPT-2 and a tiny Llama with tied embeddings; AssertionError says what does
+    not hold. A copy of lora.py has to be in `folder`."""
+    import transformers as t
+    ids = torch.randint(4, 60, (8, 10))
+    decoders = {
+        "GPT-2": (t.GPT2LMHeadModel(t.GPT2Config(vocab_size=60, n_positions=32, n_embd=32, n_layer=2, n_head=4)),
+                  ["c_attn", "c_fc", "c_proj"]),
+        "Llama": (t.LlamaForCausalLM(t.LlamaConfig(
+            vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            tie_word_embeddings=True)), ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"])}
+    sys.path.insert(0, str(folder))
+    for name, (base, targets) in decoders.items():
+        seen = {}
+
+        def train(model):
+            first, last = five_steps(model.eval(), {"input_ids": ids, "labels": ids})
+            assert last < first, f"{name}: the loss does not fall"
+            seen["logits"] = model(ids).logits
+
+        assert all(target in DECODER for target in targets)
+        with contextlib.chdir(folder):
+            base.save_pretrained("gpt2")
+            scope = {"train": train}
+            exec(DECODER.replace('["c_attn", "c_fc", "c_proj"]', repr(targets)), scope)
+            again = t.AutoModelForCausalLM.from_pretrained("merged")
+        for model in (scope["model"], again):
+            assert tied(model) == tied(base) and len(tied(base)) == 1, f"{name}: {tied(model)}"
+            assert difference(seen["logits"], model.eval()(ids).logits) < FORWARD, name
+            assert torch.equal(model.lm_head.weight, base.lm_head.weight), f"{name}: the embedding moved"
+        shutil.rmtree(folder / "gpt2")
+        shutil.rmtree(folder / "merged")
+    sys.path.remove(str(folder))
+
+
 def compare_models(temporary):
     import warnings
     warnings.simplefilter("ignore")  # GPT-2 and Llama warn about padding tokens
@@ -492,6 +546,7 @@ def compare_models(temporary):
     rows = [copy_next_to(name, *parts, files, temporary) for name, parts in models.items()]
     base, inputs, _ = models["DistilBERT"]
     run_snippets(lambda: copy.deepcopy(base), inputs, temporary)
+    run_decoder(temporary)
     return rows
 
 

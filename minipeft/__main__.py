@@ -164,7 +164,8 @@ def make_parser():
         "training, and what a training step needs in memory and matrix products. lora: also the merge; adapter: why it "
         "cannot be merged; head: the cache; full: how far the weights move."))
     explains.set_defaults(command=explain)
-    explains.add_argument("technique", choices=("lora", "adapter", "head", "full"), help="what is explained")
+    explains.add_argument("technique", nargs="?", choices=("lora", "adapter", "head", "full"),
+                          help="what is explained; without it, what each teaches is listed")
     explains.add_argument("--seed", metavar="N", type=number(int, 0, 2**32 - 1), default=0,
                       help="of all random numbers (default: 0)")
 

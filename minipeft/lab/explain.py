@@ -1,7 +1,9 @@
-"""Walk through one technique on the real model, step by step, with real numbers: python -m minipeft explain lora
+"""Walk through one technique on the real model, with real numbers: the live version of README.md's parts 3 to 6.
+
+    python -m minipeft explain lora
 
 Each step is a function that returns numbers; the walkthroughs below print them. Everything runs in fp32 on the CPU and
-without dropout, so the seed fixes every number but the ratio of times.
+without dropout, so the seed fixes every number but the times.
 """
 import textwrap
 import timeit
@@ -11,12 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import data
-from ..adapter import Adapter, TrainedNorm
-from ..lora import LoRALinear, merge_lora
+from ..adapter import Adapter, AdapterLinear, TrainedNorm
+from ..lora import LoRALinear, load_lora, lora_state, merge_lora
 from ..model import count_parameters, trained
 from ..tools import download
 from ..tools.settings import TECHNIQUES
-from .analysis import rank_of_energy
 from .memory import SENTENCES, TOKENS, make_model, memory
 
 EXAMPLES = [  # a positive and a negative sentence in turn
@@ -49,27 +50,15 @@ class Lesson:
         return F.cross_entropy(model(*self.examples), self.labels)
 
     @torch.no_grad()
-    def features(self, model):
-        """The sentence vectors of the examples, (examples, hidden): the input of the head."""
-        return model.features(*self.examples)
-
     def change(self, model):
-        """The relative change of the sentence vectors against the pretrained model."""
-        return distance(self.features(model), self.features(self.base))
+        """The relative change |v - v0| / |v0| of the sentence vectors v against those of the pretrained model."""
+        new, old = (one.features(*self.examples) for one in (model, self.base))
+        return ((new - old).norm() / old.norm()).item()
 
     @torch.no_grad()
     def probability(self, model):
         """The probability of "positive" for the probe."""
         return model(*self.probe).softmax(1)[0, 1].item()
-
-
-def count(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def distance(new, old):
-    """|new - old| / |old|, with norms over all elements"""
-    return ((new - old).norm() / old.norm()).item()
 
 
 def layers_of(model, kind):
@@ -80,11 +69,8 @@ def gradient_norms(lesson, model, *endings):
     """For each ending, the norm of the loss's gradient over all parameters of the encoder with such a name."""
     model.zero_grad()
     lesson.loss(model).backward()
-    norms = []
-    for ending in endings:
-        gradients = [p.grad.flatten() for name, p in model.encoder.named_parameters() if name.endswith(ending)]
-        norms.append(torch.cat(gradients).norm().item())
-    return norms
+    return [torch.cat([p.grad.flatten() for name, p in model.encoder.named_parameters() if name.endswith(ending)])
+            .norm().item() for ending in endings]
 
 
 def train(lesson, model, technique, steps=10):
@@ -101,17 +87,20 @@ def train(lesson, model, technique, steps=10):
 
 # -- what the steps measure -------------------------------------------------------------------------------
 
+STARTS = {"A random, B zero": (1, 0), "A zero, B random": (0, 1), "both zero": (0, 0), "both random": (1, 1)}
+
+
 def compare_starts(lesson):
-    """For three starts of A and B (random: B with BERT's standard deviation 0.02): the relative change of the sentence
+    """For four starts of A and B (random: B with BERT's standard deviation 0.02): the relative change of the sentence
     vectors before training, and the gradient norms of A and B at steps one and two. {start: five numbers}"""
     result = {}
-    for start in ("A random, B zero", "both zero", "both random"):
+    for start, (random_a, random_b) in STARTS.items():
         model = lesson.build("lora")
         torch.manual_seed(lesson.seed)
         for layer in layers_of(model, LoRALinear):
-            if start == "both zero":
+            if not random_a:
                 nn.init.zeros_(layer.lora_A)
-            if start == "both random":
+            if random_b:
                 nn.init.normal_(layer.lora_B, std=0.02)
         change, one = lesson.change(model), gradient_norms(lesson, model, "lora_A", "lora_B")
         train(lesson, model, "lora", 1)
@@ -127,42 +116,41 @@ def first_fall(lesson, rank, alpha):
     return before - after
 
 
-def identity_distance(lesson, init_std, skip=True):
-    """At the start: the mean of |y - h| / |h| over all adapters, and the relative change of the sentence vectors."""
-    model, distances = lesson.build("adapter", "--init-std", init_std), []
-
-    def hook(adapter, inputs, output):
-        if not skip:
-            output = output - inputs[0]
-        distances.append(distance(output, inputs[0]))
-        return output
-
-    for adapter in layers_of(model, Adapter):
-        adapter.register_forward_hook(hook)
-    change = lesson.change(model)
-    return sum(distances) / len(distances), change
+def switch_tasks(model):
+    """Load another task into a LoRA model: (megabytes, milliseconds, whether the frozen weights keep their bits)."""
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    other = {name: torch.randn_like(tensor) for name, tensor in lora_state(model).items()}
+    seconds = min(timeit.repeat(lambda: load_lora(model, other), number=1, repeat=5))
+    kept = all(torch.equal(model.get_parameter(name), tensor) for name, tensor in frozen.items())
+    return sum(tensor.nbytes for tensor in other.values()) / 1e6, 1000 * seconds, kept
 
 
 def adapter_gradients(lesson, zero=False):
     """Gradient norms at step one, from the default initialisation or with all adapters at zero."""
     model = lesson.build("adapter")
-    if zero:
-        for adapter in layers_of(model, Adapter):
-            nn.init.zeros_(adapter.down.weight)  # the biases are zero already
-            nn.init.zeros_(adapter.up.weight)
+    for layer in layers_of(model, Adapter) if zero else []:
+        nn.init.zeros_(layer.down.weight)  # the biases are zero already
+        nn.init.zeros_(layer.up.weight)
     return gradient_norms(lesson, model, "down.weight", "up.weight", "up.bias", "trained.weight")
+
+
+def adapter_start(lesson, init_std, skip=True):
+    """The relative change of the sentence vectors by untrained adapters, with their skip or without it."""
+    model = lesson.build("adapter", "--init-std", init_std)
+    for layer in layers_of(model, Adapter) if not skip else []:
+        layer.register_forward_hook(lambda adapter, inputs, output: output - inputs[0])
+    return lesson.change(model)
 
 
 def compare_cache(lesson):
     """Head tuning: the largest difference of the sentence vectors of two passes, and how many times longer a step
     through the encoder takes than a step from the cached vectors."""
-    cached = lesson.features(lesson.base)
-    difference = (lesson.features(lesson.base) - cached).abs().max().item()
-
+    with torch.no_grad():
+        cached, again = (lesson.base.features(*lesson.examples) for _ in range(2))
     slow, quick = (min(timeit.repeat(step, number=1, repeat=5)) for step in (
         lambda: lesson.loss(lesson.base).backward(),
         lambda: F.cross_entropy(lesson.base.head(cached), lesson.labels).backward()))
-    return difference, slow / quick
+    return (again - cached).abs().max().item(), slow / quick
 
 
 # -- printing ---------------------------------------------------------------------------------------------
@@ -184,11 +172,12 @@ def table(widths, *rows):
     show(*("".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows))
 
 
-def opening(lesson, title, equation):
-    config = lesson.base.encoder.config
-    say(f"""{title} on {lesson.weights.name}, {config.num_hidden_layers} blocks of hidden size
-        {config.hidden_size}, {count(lesson.base.encoder):,} parameters in the encoder.""")
-    show(equation)
+def wrapping(before, after):
+    """Print a layer before and after it is wrapped, and which of its tensors are trained."""
+    say("print(layer) before, and after:")
+    show(*str(before).splitlines(), *str(after).splitlines(), "")
+    table((24, 14, 0), *((name, " x ".join(map(str, p.shape)), "trained" if p.requires_grad else "frozen")
+                         for name, p in after.named_parameters()))
 
 
 def ten_steps(number, lesson, model, technique):
@@ -200,183 +189,132 @@ def ten_steps(number, lesson, model, technique):
          f"loss at the first step: {losses[0]:.3f}    at the tenth: {losses[-1]:.3f}")
 
 
-def memory_step(number, lesson, technique):
-    """Print memory and matrix products of a training step, beside those of full fine-tuning."""
-    step(f"{number}. What a training step needs: {SENTENCES} sentences of {TOKENS} tokens, fp32, AdamW")
-    sizes = [("memory in MB", "weights", "gradients", "optimiser", "activations", "sum")]
-    products = [(), ("linear layers, GFLOP", "y = W x", "dx = W^T dy", "dW = dy x^T", "sum")]
-    for name in dict.fromkeys((technique, "full")):
-        found, label = memory(name, lesson.weights), TECHNIQUES[name].label
-        row = [found[part] / 1e6 for part in ("weights", "gradients", "optimiser_states", "activations")]
-        sizes.append([label, *(f"{size:.1f}" for size in (*row, sum(row)))])
-        row = [flop / 1e9 for flop in found["rule_flop"].values()]
-        products.append([label, *(f"{size:.2f}" for size in (*row, sum(row)))])
-    table((23, 12, 14, 14, 14, 0), *sizes, *products)
-
-
 # -- the walkthroughs -------------------------------------------------------------------------------------
 
 def lora(lesson):
+    """why B starts at zero, what alpha / rank is for, what a merge does"""
     model = lesson.build("lora")
-    counts, blocks = count_parameters(model), model.encoder.layers
-    opening(lesson, "LoRA (Hu et al. 2021)", "h = W0 x + (alpha / rank) B A x")
+    layers, blocks = layers_of(model, LoRALinear), len(model.encoder.layers)
+    sizes = [layer.linear.in_features + layer.linear.out_features for layer in layers[:len(layers) // blocks]]
+    step("1. Two thin matrices beside a frozen one: h = W0 x + b0 + (alpha / rank) B A x")
+    wrapping(layers[0].linear, layers[0])
+    say("Numbers to train: rank x (in + out) for each weight of a block, in all blocks.")
+    show(f"{blocks} x {len(layers[0].lora_A)} x ({' + '.join(map(str, sizes))}) = "
+         f"{count_parameters(model)['technique']:,}")
 
-    step("1. What is swapped")
-    say("""W0 is frozen. Each linear layer gets two thin matrices, A and B, and in the encoder only they are
-        trained. Their product B A has the shape of W0, but its rank is at most r.""")
-    rows = [("layer", "W0: out x in", "A: r x in", "B: out x r", "trained: r x (in + out)")]
-    for name, layer in blocks[0].named_modules():
-        if isinstance(layer, LoRALinear):
-            (rank, inputs), outputs = layer.lora_A.shape, len(layer.lora_B)
-            rows.append((name, f"{outputs} x {inputs}", f"{rank} x {inputs}", f"{outputs} x {rank}",
-                         f"{rank} x ({inputs} + {outputs}) = {rank * (inputs + outputs):,}"))
-    table((28, 15, 12, 13, 0), *rows)
-    show(f"{len(blocks)} blocks x {counts['technique'] // len(blocks):,} = {counts['technique']:,}, "
-         f"{counts['technique'] / count(lesson.base.encoder):.1%} of the encoder")
-    say(f"The head's {counts['head']:,} parameters are trained too, as with every technique: a new head is random.")
+    step("2. What a rank is")
+    show("1 2 3       1 0", "2 4 6   =   2 0   @   1 2 3", "1 3 4       1 1       0 1 1")
+    say("""The second row is twice the first; the third is the first plus (0 1 1). All rows are sums of multiples of two
+        rows: the rank is 2.""")
 
-    step("2. The start: why A is random and B is zero")
-    say("""B starts at zero, so B A x is zero and the first output is exactly that of the pretrained model. With
-        g = dL/dh, the chain rule gives, summed over all tokens,""")
-    show("dL/dB = (alpha / rank) g (A x)^T        contains A",
-         "dL/dA = (alpha / rank) B^T g x^T        contains B", "")
+    step("3. At the first step, which of A and B has a gradient?")
+    say("With s = alpha / rank and g = dL/dh, the chain rule gives, summed over all tokens:")
+    show("dL/dB = s g (A x)^T        contains A", "dL/dA = s B^T g x^T        contains B", "")
     rows = [("", "change of the", "at step one", "", "at step two"),
             ("start", "sentence vectors", "|dL/dA|", "|dL/dB|", "|dL/dA|", "|dL/dB|")]
     for start, (change, *norms) in compare_starts(lesson).items():
         rows.append((start, f"{change:.1%}", *(f"{norm:.4f}" for norm in norms)))
     table((21, 20, 11, 11, 11, 0), *rows)
-    say("""A random, B zero: at step one A has no gradient, but B has. That step moves B, and from step two on A
-        learns too. Both zero: each gradient contains the other matrix, so both are zero and nothing ever moves. Both
-        random: it trains, but the start has already changed the pretrained model.""")
 
-    step("3. Why alpha / rank")
+    step("4. Why alpha / rank")
     say("Freeze the head and train LoRA alone for one step. The loss falls by:")
     table((8, 34, 0), ("rank", "alpha = 16, scaling 16 / rank", "alpha = 2 rank, scaling 2"),
           *((rank, *(f"{first_fall(lesson, rank, alpha):.4f}" for alpha in (16, 2 * rank))) for rank in (1, 8, 64)))
-    say("""The first step of AdamW moves every entry of B by about the learning rate, whatever the rank. The
-        update is a sum of r terms that push the same way, so its effect grows with r. Dividing by the rank
-        cancels that at the first step: alpha and the learning rate need little change with the rank (Hu et al.,
-        section 4.1).""")
+    say("Adam's first step pushes all r terms of B A x the same way. Dividing by r cancels that.")
 
-    ten_steps(4, lesson, model, "lora")
+    ten_steps(5, lesson, model, "lora")
     logits = model(*lesson.examples)
     merge_lora(model)
     difference = (model(*lesson.examples) - logits).abs().max()
     say("Then merge: W = W0 + (alpha / rank) B A.")
     show(f"P(positive) merged: {lesson.probability(model):.3f}    largest change of a logit: {difference:.0e}")
-    say(f"""The merged encoder has {count(model.encoder):,} parameters in plain linear layers, as before:
-        inference costs what it did. To keep the task, save A, B and the head: {4 * counts['trainable'] / 1e6:.1f}
-        MB.""")
 
-    memory_step(5, lesson, "lora")
-    say("""Gradients and optimiser states exist only for what is trained: this is where LoRA saves memory. It keeps
-        as many activations: the backward pass goes through all blocks, and the gradient of A needs each layer's input
-        x. It saves one of three products: dW of the frozen W0. It still needs dx, for the layers below.""")
+    step("6. Several tasks on one encoder")
+    megabytes, milliseconds, kept = switch_tasks(lesson.build("lora"))
+    show(f"A, B and head of another task: {megabytes:.1f} MB, loaded in {milliseconds:.1f} ms (depends on the machine)",
+         f"the frozen weights keep their bits: {'yes' if kept else 'no'}")
 
 
 def adapter(lesson):
+    """where an adapter sits, why it starts near the identity, why it cannot be merged"""
     model = lesson.build("adapter")
-    counts, adapters, norms = count_parameters(model), layers_of(model, Adapter), layers_of(model, TrainedNorm)
-    (width, size), one = adapters[0].up.weight.shape, count(adapters[0])
-    opening(lesson, "Adapters (Houlsby et al. 2019)", "y = h + W_up GELU(W_down h + b_down) + b_up")
+    wrappers, norms = layers_of(model, AdapterLinear), layers_of(model, TrainedNorm)
+    width, size = wrappers[0].adapter.up.weight.shape
+    one = sum(parameter.numel() for parameter in wrappers[0].adapter.parameters())
+    step("1. A bottleneck after the last weight of a sub-layer: y = h + W_up GELU(W_down h + b_down) + b_up")
+    wrapping(wrappers[0].linear, wrappers[0])
+    say("Numbers to train, with the two norms of each block:")
+    show(f"adapters  {len(wrappers)} x (2 x {size} x {width} + {size} + {width}) = {len(wrappers)} x {one:,} = "
+         f"{len(wrappers) * one:,}", f"norms     {len(norms)} x 2 x {width} = {len(norms) * 2 * width:,}")
 
-    step("1. What is swapped")
-    say(f"""h is the output of a frozen linear layer, the last of attention or feed-forward, before the residual
-        sum. It goes through a bottleneck, {width} -> {size} -> {width}. Each block has two adapters. Its two norms
-        are trained as copies.""")
-    show(f"adapters  {len(adapters)} x (2 x {size} x {width} + {size} + {width}) = {len(adapters)} x {one:,} = "
-         f"{len(adapters) * one:,}",
-         f"norms     {len(norms)} x 2 x {width} = {len(norms) * count(norms[0].trained):,}",
-         f"head      {counts['head']:,}, trained with every technique",
-         f"in all    {counts['trainable']:,} of {counts['total']:,} = {counts['trainable'] / counts['total']:.1%}")
-
-    step("2. The start is near the identity")
-    rows = [("initial std", "inner skip", "|y - h| / |h|", "change of the sentence vectors")]
-    for init_std, skip in ((1e-2, True), (1.0, True), (1e-2, False)):
-        identity, change = identity_distance(lesson, init_std, skip)
-        rows.append((init_std, "yes" if skip else "no", f"{identity:.2g}", f"{change:.1%}"))
-    table((14, 13, 17, 0), *rows)
-    say("""With small weights the bottleneck adds almost nothing, so training starts from the pretrained model.
-        With std 1 the pretrained features are lost. Without the inner skip they are lost, too: y is then almost
-        zero instead of h.""")
-
-    step("3. The first gradients: why not both matrices are zero")
-    say("With g = dL/dy and low = GELU(W_down h + b_down), the chain rule gives, summed over all tokens,")
+    step("2. What if both matrices start at zero?")
+    say("With g = dL/dy and low = GELU(W_down h + b_down), the chain rule gives, summed over all tokens:")
     show("dL/dW_up = g low^T     dL/dW_down = (W_up^T g * GELU') h^T     dL/db_up = g", "")
     table((14, 15, 15, 15, 0), ("start", "|dL/dW_down|", "|dL/dW_up|", "|dL/db_up|", "|dL/d norm weight|"),
-          ("std 0.01", *(f"{norm:.4f}" for norm in adapter_gradients(lesson))),
-          ("all zero", *(f"{norm:.4f}" for norm in adapter_gradients(lesson, zero=True))))
-    say("""From zero, low and W_up are zero and stay zero: neither matrix ever has a gradient, and only b_up
-        learns. One of the two may be zero. The norms have gradients from the start, and few parameters: they
-        rescale and shift every hidden dimension.""")
+          *((start, *(f"{norm:.4f}" for norm in adapter_gradients(lesson, zero)))
+            for start, zero in (("std 0.01", False), ("all zero", True))))
+
+    step("3. Near the identity")
+    table((14, 13, 0), ("initial std", "inner skip", "change of the sentence vectors"),
+          *((std, "yes" if skip else "no", f"{adapter_start(lesson, std, skip):.1%}")
+            for std, skip in ((0.01, True), (1.0, True), (0.01, False))))
 
     ten_steps(4, lesson, model, "adapter")
-    say("""An adapter cannot be merged: GELU stands between its two matrices, so no matrix W can replace them. It
-        stays in the model and costs time in inference.""")
-
-    memory_step(5, lesson, "adapter")
-    say("""Adapters keep fewer activations than full fine-tuning. The input of a frozen layer is kept only to
-        compute its dW, which is not needed; and nothing is kept below the first adapter. dx is needed in all
-        layers above it.""")
+    say("No merge: GELU stands between the two matrices, so no single matrix computes the same.")
 
 
 def head(lesson):
+    """what a frozen encoder allows: the cache, and its limit"""
     model = lesson.build("head")
     counts, hidden = count_parameters(model), model.encoder.config.hidden_size
-    opening(lesson, "Head tuning", "logits = W2 tanh(W1 v + b1) + b2,    v = mean of the encoder's outputs")
-
-    step("1. What is trained")
-    lesson.loss(model).backward()
-    gradients = [parameter for parameter in model.encoder.parameters() if parameter.grad is not None]
-    show(f"dense       {hidden} x {hidden} + {hidden} = {hidden * hidden + hidden:,}",
+    step("1. Two new layers on the mean v of the token vectors: logits = W2 tanh(W1 v + b1) + b2")
+    show(*str(model.head).splitlines(), "",
+         f"dense       {hidden} x {hidden} + {hidden} = {hidden * hidden + hidden:,}",
          f"classifier  2 x {hidden} + 2 = {2 * hidden + 2:,}",
-         f"in all      {counts['head']:,} of {counts['total']:,} = {counts['trainable'] / counts['total']:.2%}",
-         f"encoder     frozen: {len(gradients)} tensors with a gradient after a backward pass")
-    say("""The backward pass ends at the head: nothing below it is trained. Every other technique trains this same head
-        too.""")
+         f"in all      {counts['head']:,} of {counts['total']:,} = {counts['trainable'] / counts['total']:.2%}")
 
-    step("2. The cache")
+    step("2. Why is it so fast?")
     difference, ratio = compare_cache(lesson)
-    say("""A frozen encoder without dropout returns the same vector for a sentence every time. So each sentence is
-        encoded once, and all epochs train on the stored vectors.""")
+    say("A frozen encoder without dropout returns the same vector for a sentence every time, so each is encoded once.")
     show(f"largest difference of the vectors of two passes: {difference:g}",
          f"a step through the encoder takes {ratio:.0f} times as long (depends on the machine)")
 
     ten_steps(3, lesson, model, "head")
-    say(f"""The sentence vectors have changed by {lesson.change(model):.1%}. The head can only use what pretraining
-        has put into v. That limits its accuracy.""")
-
-    memory_step(4, lesson, "head")
-    say("The step starts at the cached vectors. It does not use the encoder's weights: they only fill the cache.")
+    say(f"The sentence vectors have changed by {lesson.change(model):.1%}: the head can only use what they hold.")
 
 
 def full(lesson):
-    model = lesson.build("full")
-    total = count(model)
-    opening(lesson, "Full fine-tuning", "W = W0 + dW,    dW of any rank")
+    """what PEFT saves: products, gradients, moments, activations"""
+    total = count_parameters(lesson.base)["total"]
+    step("1. Everything is trained")
+    show(f"16 bytes x {total:,} = {16 * total / 1e6:,.0f} MB: weight, gradient and AdamW's two moments, in fp32",
+         f"a copy for each task: {4 * total / 1e6:.0f} MB")
 
-    step("1. What is trained")
-    show(f"{len(trained(model))} tensors with {total:,} parameters: all there are",
-         "weight + gradient + AdamW's first and second moment = 4 x 4 bytes in fp32",
-         f"16 x {total:,} = {16 * total / 1e6:,.0f} MB, before any activation")
+    step(f"2. A training step on {SENTENCES} sentences of {TOKENS} tokens, in fp32")
+    products = [("linear layers, GFLOP", "y = W x", "dx = W^T dy", "dW = dy x^T", "sum")]
+    sizes = [("memory, MB", "weights", "gradients", "moments", "activations", "sum")]
+    for name in ("head", "adapter", "lora", "full"):
+        found = memory(name, lesson.weights)
+        for rows, unit, parts in ((products, 1e9, found["rule_flop"].values()), (sizes, 1e6, [
+                found[part] for part in ("weights", "gradients", "optimiser_states", "activations")])):
+            digits = 2 if rows is products else 1
+            rows.append((TECHNIQUES[name].label, *(f"{part / unit:.{digits}f}" for part in (*parts, sum(parts)))))
+    table((23, 12, 14, 14, 14, 0), *products, (), *sizes)
+    say("Head tuning starts at the cached vectors.")
 
-    ten_steps(2, lesson, model, "full")
-    new, old = (m.encoder.layers[0].attention.query.weight.detach() for m in (model, lesson.base))
-    values = torch.linalg.svdvals(new - old)
-    show(f"|W - W0| / |W0| of the first query matrix: {distance(new, old):.2%}",
-         f"singular values of W - W0 that hold 90% of its squared norm: {rank_of_energy(values ** 2)} of {len(values)}")
-    say("""The prediction changes while the weights hardly move. A small update need not have a low rank, which LoRA
-        assumes: the singular values measure that. Ten steps are an illustration; python -m minipeft.lab.analysis does
-        the same for finished runs.""")
-
-    memory_step(3, lesson, "full")
-    say(f"""Every task is a whole model: {4 * total / 1e6:.0f} MB to save. Every layer needs all three products:
-        dx carries the gradient to the layers below, and dW is the gradient of the layer's own weight.""")
+    ten_steps(3, lesson, lesson.build("full"), "full")
 
 
 WALKTHROUGHS = {"lora": lora, "adapter": adapter, "head": head, "full": full}
 
 
-def explain(technique, weights=None, seed=0):
-    """Print the walkthrough of a technique. weights: a folder; None for the default ones. Raises UserError."""
-    WALKTHROUGHS[technique](Lesson(weights, seed))
+def explain(technique=None, weights=None, seed=0):
+    """Print the walkthrough of a technique, or without one what each teaches. weights: a folder; None for the default
+    ones. Raises UserError."""
+    if not technique:
+        for name, walk in WALKTHROUGHS.items():
+            print(f"python -m minipeft explain {name:<9}{walk.__doc__}")
+        return
+    lesson = Lesson(weights, seed)
+    print(f"{TECHNIQUES[technique].label} on {lesson.weights.name}")
+    WALKTHROUGHS[technique](lesson)
