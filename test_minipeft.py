@@ -3051,11 +3051,11 @@ def readme_figures(found):
     analysed, study = read_json(ROOT / "results/analysis.json"), found.results["techniques"]
     tables = []
     for name in ("head", "adapter", "lora", "full"):
-        accuracy, std = study.mean_std(name, "accuracy")
-        seconds, peak, saved = (study.mean_std(name, number)[0]
+        accuracy, std = report.mean_std(study.runs(name), "accuracy")
+        seconds, peak, saved = (report.mean_std(study.runs(name), number)[0]
                                 for number in ("train_seconds", "peak_memory_mb", "saved_mb"))
         tables.append(f"| {accuracy:.2f} ± {std:.2f} | {seconds:.0f} | {peak:,.0f} | {saved:.2f} |")
-    peaks, times = ([study.mean_std(name, number)[0] for name in ("lora", "full")]
+    peaks, times = ([report.mean_std(study.runs(name), number)[0] for name in ("lora", "full")]
                     for number in ("peak_memory_mb", "train_seconds"))
     steps = {name: analysed["memory"][name] for name in ("lora", "adapter", "full")}
     sums = [sum(steps[name][part] for part in ("weights", "gradients", "optimiser_states", "activations"))
