@@ -34,7 +34,7 @@ class Search:
 
 TOP_BLOCK, TOP_TWO_BLOCKS = {"top_layers": 1}, {"top_layers": 2}
 FEW = {"limit": 86, "epochs": 20, "eval_every": 20}  # 1% of the sentences, 60 steps; measuring dev takes longer
-HEAD_RATE, COLA, IMDB = "head-rate", "cola", "imdb-512"  # folders of records
+HEAD_RATE, COLA, IMDB = "head-rate", "cola", "imdb-512"  # folders of records; head-rate-86: with few sentences
 SLICE = {"limit": 3000}                                  # of IMDb's training reviews
 
 # A rate for the head alone, by the calibrated rule. For each technique: one rate for body and head; that of the head,
@@ -44,9 +44,9 @@ HEAD_RATES = {
     "lora": (5e-4, None, None),
     "full": (2.5e-5, None, None)}
 HEAD_RATES_86 = {  # with 86 sentences
-    "adapter": (None, None, None),
-    "lora": (None, None, None),
-    "full": (None, None, None)}
+    "adapter": (5e-4, 5e-4, 5e-4),
+    "lora": (2.5e-4, 5e-4, 2.5e-4),
+    "full": (5e-5, 2e-3, 2.5e-5)}
 
 
 def search_head(technique, start, rates, options, end=""):
@@ -54,9 +54,9 @@ def search_head(technique, start, rates, options, end=""):
     shared, head, body = rates
     head_start = (shared or start) * (16 if technique == "full" else 4)
     return {f"{technique}-head{end}": Search(technique, head_start, head, options={**options, "lr": shared},
-                                             option="head_lr", factor=4, folder=HEAD_RATE),
+                                             option="head_lr", factor=4, folder=HEAD_RATE + end),
             f"{technique}-body{end}": Search(technique, shared or start, body, options={**options, "head_lr": head},
-                                             folder=HEAD_RATE)}
+                                             folder=HEAD_RATE + end)}
 
 
 SEARCHES = {
@@ -70,9 +70,9 @@ SEARCHES = {
     "adapter-86": Search("adapter", 5e-4, 5e-4, 2.5e-4, 5e-4, 2.5e-4, FEW),
     "lora-86": Search("lora", 5e-4, 2.5e-4, 1.25e-4, 2.5e-4, 2.5e-4, FEW),
     "full-86": Search("full", 5e-5, 5e-5, 2.5e-5, 5e-5, 5e-5, FEW),
-    "adapter-86-shared": Search("adapter", 5e-4, HEAD_RATES_86["adapter"][0], options=FEW, folder=HEAD_RATE),
-    "lora-86-shared": Search("lora", 5e-4, HEAD_RATES_86["lora"][0], options=FEW, folder=HEAD_RATE),
-    "full-86-shared": Search("full", 5e-5, HEAD_RATES_86["full"][0], options=FEW, folder=HEAD_RATE),
+    "adapter-86-shared": Search("adapter", 5e-4, HEAD_RATES_86["adapter"][0], options=FEW, folder=HEAD_RATE + "-86"),
+    "lora-86-shared": Search("lora", 5e-4, HEAD_RATES_86["lora"][0], options=FEW, folder=HEAD_RATE + "-86"),
+    "full-86-shared": Search("full", 5e-5, HEAD_RATES_86["full"][0], options=FEW, folder=HEAD_RATE + "-86"),
     **search_head("adapter", 5e-4, HEAD_RATES["adapter"], {}),
     **search_head("lora", 5e-4, HEAD_RATES["lora"], {}),
     **search_head("full", 5e-5, HEAD_RATES["full"], {}),
@@ -177,7 +177,7 @@ def head_rate_study(question, title, options, shared="", end=""):
     pairs = [Contrast(f"{label(name)}, own head rate", f"{label(name)}, one rate") for name in names]
     pairs += [Contrast(f"{label(name)}, {rate}", f"{label('full')}, {rate}") for rate in ("own head rate", "one rate")
               for name in ("lora", "adapter")]
-    return Study(question, "our own question", variants, pairs, rule="calibrated", folders=(HEAD_RATE,), title=title)
+    return Study(question, "our own question", variants, pairs, rule="calibrated", folders=(HEAD_RATE + end,), title=title)
 
 
 HEAD, ADAPTER, LORA, BITFIT, FULL = FIVE = [Variant(name, name) for name in TECHNIQUES]
