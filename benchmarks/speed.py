@@ -113,20 +113,21 @@ def prepare(folder, steps, trial_steps, long, long_steps, held_out):
     training, dev, test = data.split(corpus)
     rows = np.random.default_rng(0).permutation(training)[:32 * steps]
 
-    def settings(technique, name, texts, labels, *more):
+    def settings(technique, name, rows, labels, *more):
         path = Path(folder, name)
         with open(path, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("text", "label"), *zip(texts, labels)])
+            csv.writer(file).writerows([("text", "label"), *zip(rows, labels)])
         words = ["--data", path, "--weights", weights, "--device", "cpu", "--out", Path(folder, "run"), "--overwrite",
                  "--epochs", EPOCHS[technique], *more]
         return vars(options.parse([technique, *map(str, words)]))
 
     chosen = np.concatenate([rows, dev[:held_out], test[:32]])  # a hash of its text puts each into the same set again
-    texts, labels = corpus.texts(chosen), [corpus.classes[label] for label in corpus.labels[chosen]]
-    runs = {name: settings(name, "sample.csv", texts, labels) for name in EPOCHS}
+    sentences, labels = texts.read_texts(corpus, chosen), [corpus.classes[label] for label in corpus.labels[chosen]]
+    runs = {name: settings(name, "sample.csv", sentences, labels) for name in EPOCHS}
     runs["trial"] = runs["lora"] | {"limit": 32 * trial_steps}
     for tokens in long:
-        joined = [" ".join(corpus.texts(training[first:first + tokens // 16])) for first in range(50 * long_steps + 50)]
+        joined = [" ".join(texts.read_texts(corpus, training[first:first + tokens // 16]))
+                  for first in range(50 * long_steps + 50)]
         runs[f"long-{tokens}"] = settings("lora", f"{tokens}.csv", joined, ["even", "odd"] * (len(joined) // 2),
                                           "--max-length", tokens, "--limit", 32 * long_steps)
     return {"settings": runs, "about": {
