@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations, compress
 from pathlib import Path
 
-from numpy import nan
+from numpy import isnan, nan
 
 from ..tools.files import UserError, read_json, write_text
 from ..tools.settings import TECHNIQUES
@@ -211,7 +211,8 @@ def number_rows(result, columns, groups=None):
         cells = []
         for number, (_, form) in columns.items():
             mean, std = mean_std(runs, number)
-            cells.append(f"{mean:{form}} ± {std:{form}}" if std else f"{mean:{form}}")
+            known = "–" if isnan(mean) else f"{mean:{form}}"
+            cells.append(f"{known} ± {std:{form}}" if std else known)
         rows.append([label(name), len(runs), *cells])
     return rows
 

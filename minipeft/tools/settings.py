@@ -36,7 +36,7 @@ def share_cores():
     With another busy process, a waiting thread that spins takes the core from the one it waits for
     (benchmarks/speed.py measures both cases).
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GNU's OpenMP, which torch has on Linux
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # GNU's OpenMP, which torch has on Linux
     os.environ.setdefault("KMP_BLOCKTIME", "1")      # Intel's, in milliseconds
 
 
