@@ -3642,23 +3642,6 @@ def test_the_figures_are_drawn_from_the_shapes_of_any_bert_without_overlaps(real
     assert "dropout" in written["adapter.png"] and "= 6,144 trained" in written["lora.png"]
 
 
-# STYLE.md's left column: what is not said in this repository, in code or prose.
-AVOIDED = ("of our own", "is asked once", "by the book", "mended", "said aloud", "whole or not at all", "path aside",
-           "is there is not run again", "goes on where", "not distinguished", "hangs on", "first weights", "by halves",
-           "where it lies", "chances", "do most of what", "best dev score", "says the same of", "speaks of")
-
-
-PLACES = ("*.py", "*.md", "minipeft/*.py", "minipeft/*.md", "benchmarks/*.py", "*/README.md")
-PATHS = {path.relative_to(ROOT).as_posix() for place in PLACES for path in ROOT.glob(place)}
-
-
-@pytest.mark.parametrize("path", sorted(PATHS))
-def test_language_is_plain(path):
-    text = re.sub(r"^AVOIDED = .*?\)$", "", (ROOT / path).read_text(encoding="utf-8"), flags=re.M | re.S)
-    text = " ".join(text.lower().split())
-    assert [words for words in AVOIDED if re.search(rf"\b{re.escape(words)}\b", text)] == []
-
-
 # -- benchmarks/speed.py ----------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,8 @@ class CastOnceLinear(nn.Linear):
     """A frozen nn.Linear under autocast that keeps its weight in bf16, 2 more bytes a weight.
 
     Autocast casts a frozen weight anew in every forward pass. The cast values are the same, and so is every bit.
+    The gain is not settled: the ladder's single round on Intel shows none for training
+    (results/speed-intel-r-xeon-r-processor-avx512.json).
     """
     label = "frozen weights cast once"
 
@@ -159,6 +161,7 @@ def speed_up(model, compute, twins=TWINS):
 def restore(model):
     """Undo `speed_up`: plain modules again, which merge_lora accepts."""
     for module in model.modules():
+        module.__dict__.pop("cast_from", None)  # the id of a weight that is replaced may be used again
         if type(module) in TWINS:
             module.__class__ = type(module).__base__
 
