@@ -3067,9 +3067,6 @@ def readme_figures(found):
     sums = [sum(steps[name][part] for part in ("weights", "gradients", "optimiser_states", "activations"))
             for name in ("lora", "full")]
     added = steps["adapter"]["forward_flop"] / steps["full"]["forward_flop"] - 1
-    spectra = analysed["spectrum"]["full"]
-    ranks = [[np.mean([run[name]["rank"] for run in spectra]) for name in spectra[0] if name.startswith(block)]
-             for block in ("layers.5.", "layers.0.")]
     slower = {(size, name): f"{np.mean(np.array(times[name]) / times['base']) - 1:.0%}"
               for size, times in analysed["latency"]["times"].items() for name in ("unmerged LoRA", "adapters")}
     low, high = ([100 * read_json(ROOT / f"results/fp32/runs/lora-lr-{rate}-fold{fold}.json")["metrics"]["dev_accuracy"]
@@ -3080,14 +3077,11 @@ def readme_figures(found):
     few, *_, nats = answer_figures(found)[:3]
     answer = answer_figures(found)[3:]
     return [few.strip("()"), nats.replace(" nats", ""), *answer[:2], answer[2].removesuffix(" points"), *tables,
-            f"the sum for LoRA is {1 - sums[0] / sums[1]:.0%} smaller",
+            f"the sum is {1 - sums[0] / sums[1]:.0%} smaller",
             f"the peak of the process only {1 - peaks[0] / peaks[1]:.0%}", f"in {times[0] / times[1]:.0%} of full",
             f"add {added:.1%} to the products and {slower['1', 'adapters']} to the time",
             f"adapters cost {slower['32', 'adapters']}", f"takes {slower['1', 'unmerged LoRA']} longer",
-            f"a single sentence takes {slower['1', 'adapters']} longer",
             f"({slower['1', 'unmerged LoRA']} against {slower['1', 'adapters']})",
-            "needs {:.0f} to {:.0f} of 384 directions".format(min(ranks[0]), max(ranks[0])),
-            "but {:.0f} to {:.0f} in the lowest".format(min(ranks[1]), max(ranks[1])),
             f"has {np.mean(low):.1f}% on dev at 5e-4, and {min(high):.0f} to {max(high):.0f}% at 4e-3",
             f"in {lora['calibrated'][5e-4]:.0%} of the draws", f"end {-init:.0f} points lower",
             f"by at most {lockstep:.0e}"]
@@ -3358,8 +3352,8 @@ def test_an_adapter_starts_near_the_identity_unless_its_weights_are_large_or_its
 
 def test_adapters_at_exactly_zero_have_no_gradient_but_for_one_bias(lesson):
     assert min(explain.adapter_gradients(lesson)) > 0
-    down, up, bias, norm = explain.adapter_gradients(lesson, zero=True)
-    assert down == up == 0 < min(bias, norm)
+    down, up, bias = explain.adapter_gradients(lesson, zero=True)
+    assert down == up == 0 < bias
 
 
 def test_head_tuning_can_start_at_cached_vectors(lesson):
@@ -3367,11 +3361,6 @@ def test_head_tuning_can_start_at_cached_vectors(lesson):
     model = lesson.build("head")
     explain.train(lesson, model, "head", 2)
     assert lesson.change(model) == 0
-
-
-def test_another_task_is_loaded_without_a_change_of_the_frozen_weights(lesson):
-    megabytes, milliseconds, kept = explain.switch_tasks(lesson.build("lora"))
-    assert megabytes == 4 * count(lesson.build("lora")) / 1e6 and milliseconds > 0 and kept
 
 
 @pytest.mark.parametrize("technique, words", [

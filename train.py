@@ -72,7 +72,7 @@ def schedule(step, steps, settings):
 
 
 def score(logits, labels):
-    """Return (loss, accuracy) of logits (n, classes), averaged over all sentences at once, so independent of batches."""
+    """Return (loss, accuracy) of logits (n, classes), over all sentences at once, so independent of batches."""
     logits, labels = torch.from_numpy(logits), torch.from_numpy(labels)
     return F.cross_entropy(logits.double(), labels).item(), (logits.argmax(1) == labels).double().mean().item()
 
@@ -82,8 +82,8 @@ def check_finite(step, loss, norm, settings):
     occasional look is enough."""
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise FloatingPointError(
-            f"step {step}: the loss is {loss:g} and the norm of its gradient {norm:g}, so training stopped. Try a lower "
-            f"--lr (it was {settings.lr:g}), a longer --warmup or --precision fp32, with --overwrite.")
+            f"step {step}: the loss is {loss:g} and the norm of its gradient {norm:g}, so training stopped. Try a "
+            f"lower --lr (it was {settings.lr:g}), a longer --warmup or --precision fp32, with --overwrite.")
 
 
 # -- the loop ---------------------------------------------------------------------------------------------
@@ -209,7 +209,8 @@ def print_result(record, folder):
     """Print test results with their interval, costs, and what to do next."""
     measured, rows = record["metrics"], record["test"]
     memory = f"{measured['peak_memory_mb']:,.0f} MB" if measured["peak_memory_mb"] else "unknown"
-    print("\ntest:", *metrics.summary(np.array(rows["logits"]), np.array(rows["labels"]), record["classes"]), sep="\n  ")
+    summary = metrics.summary(np.array(rows["logits"]), np.array(rows["labels"]), record["classes"])
+    print("\ntest:", *summary, sep="\n  ")
     print(f"training took {measured['train_seconds']:.0f} s, peak memory {memory}, "
           f"trained tensors {measured['saved_bytes'] / 1e6:.1f} MB\nfiles in {folder}/: "
           f"{', '.join(sorted(path.name for path in folder.iterdir() if path.name != 'lock'))}\n"

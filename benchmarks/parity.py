@@ -85,14 +85,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from lora import add_lora, load_lora, lora_state, merge_lora  # your copy of minipeft/lora.py
 
-targets = ["c_attn", "c_fc", "c_proj"]  # GPT-2's names; Llama's: q_proj, v_proj, gate_proj, up_proj, down_proj
+targets = ["c_attn", "c_fc", "c_proj"]  # GPT-2; Llama: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
 model = AutoModelForCausalLM.from_pretrained("gpt2")
-add_lora(model, targets)  # all else is frozen, lm_head too: it shares its weight with the token embedding
+add_lora(model, targets)  # all else is frozen. Leave lm_head out: it shares its weight with the embedding
 train(model)              # your loop, on the parameters that require a gradient
 save_file(lora_state(model), "task.safetensors")
 
 model = AutoModelForCausalLM.from_pretrained("gpt2")
-add_lora(model, targets)
+add_lora(model, targets)  # the same rank and alpha: alpha is not in the file
 load_lora(model, load_file("task.safetensors"))
 merge_lora(model)         # plain layers again; lm_head and the embedding still share their weight
 model.save_pretrained("merged")
@@ -513,7 +513,7 @@ def run_decoder(folder):
                   ["c_attn", "c_fc", "c_proj"]),
         "Llama": (t.LlamaForCausalLM(t.LlamaConfig(
             vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            tie_word_embeddings=True)), ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"])}
+            tie_word_embeddings=True)), ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])}
     sys.path.insert(0, str(folder))
     for name, (base, targets) in decoders.items():
         seen = {}

@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # torch, minipeft and transformers are imported in the process that needs them
 
 SIDES = ("usual", "best", "minipeft")
-SPINS = ("", "30000000000")  # OpenMP's spinning with a busy neighbour: minipeft's setting, and GNU's default (for ever)
+SPINS = {"": "minipeft's setting", "300": "GOMP_SPINCOUNT=300", "300000": "GNU's default, 300,000"}
 EQUAL = 0.03                 # figures this close to each other are called equal
 EPOCHS = {"lora": 1, "adapter": 1, "full": 1, "head": 3}  # head tuning encodes once and caches the result
 USUAL = {"precision": "fp32", "attention": "sdpa", "grouped": False}
@@ -50,9 +50,9 @@ LADDER = [  # what is added to the plain loop, one by one, and whether only in b
     ("matrix products in bf16", {"precision": "bf16"}, True),
     ("LoRA's gradient by hand", {"twins": ["FastLoRALinear"]}, False),
     ("attention for bf16", {"twins": ["FastLoRALinear", "FastAttention"]}, True),
-    ("frozen weights cast once", {"twins": ["FastLoRALinear", "FastAttention", "CastOnceLinear"]}, True),
     ("lengths in multiples of 8", {"multiple": 8}, True),
 ]
+CAST = {"each pass": ["FastAttention"], "once": ["FastAttention", "CastOnceLinear"]}  # of frozen weights, with adapters
 
 
 # -- what all sides share ---------------------------------------------------------------------------------
@@ -357,6 +357,8 @@ def measure_all(results, settings, pairs):
             if rates["chosen"] == "bf16" or not only_bf16:
                 have |= added
                 measure(f"ladder/{rung}/{pair}", "loop", settings=settings["lora"], **have)
+        for name, twins in CAST.items() if rates["chosen"] == "bf16" else ():
+            measure(f"cast/{name}/{pair}", "loop", settings=settings["adapter"], **have | {"twins": twins})
         for part in long:
             measure(f"{part}/plain/{pair}", "loop", settings=settings[part], grouped=True, precision=rates["chosen"])
         for spin in SPINS:
@@ -389,7 +391,7 @@ ROWS = [Row("LoRA, seconds an epoch", "lora", "seconds"),
 def tables(content):
     """The tables of a complete results file for benchmarks/README.md, as lines of Markdown."""
     about, options, runs = content["about"], content["options"], content["runs"]
-    scales = dict.fromkeys([*EPOCHS, "ladder"], about["whole_tokens"] / about["tokens"])
+    scales = dict.fromkeys([*EPOCHS, "ladder", "cast"], about["whole_tokens"] / about["tokens"])
     rows = list(ROWS)
     for tokens in options["long"]:
         part = f"long-{tokens}"
@@ -442,6 +444,10 @@ def tables(content):
             lines.append(f"| {label} | {cell(f'ladder/{rung}')} | {gain:.2f} | {memory} |")
             before = seconds
 
+    if "cast/once/0" in runs:
+        lines += ["", "| adapters, frozen weights cast | seconds an epoch |", "|---|---|",
+                  *(f"| {name} | {cell(f'cast/{name}')} |" for name in CAST)]
+
     rates = {name: median(values("peak", name)) for name in ("fp32", "bf16")}
     lines += ["", "| LoRA | |", "|---|---|",
               f"| GFLOP/s of matrix products | fp32 {rates['fp32']:.0f}, bf16 {rates['bf16']:.0f} |",
@@ -455,7 +461,7 @@ def tables(content):
         return lines
     lines += ["", f"| {32 * options['steps']} sentences, seconds | quiet | one busy neighbour | times |",
               "|---|---|---|---|"]
-    for spin, words in zip(SPINS, ("waiting threads give way (minipeft)", "waiting threads spin (GNU's default)")):
+    for spin, words in SPINS.items():
         quiet, busy = (median(values(f"neighbour/{spin or 'ours'}/{name}")) for name in ("quiet", "busy"))
         lines.append(f"| {words} | {quiet:.1f} | {busy:.1f} | {busy / quiet:.2f} |")
     return lines

@@ -34,7 +34,7 @@ class Adapter(nn.Module):
 
     def forward(self, h):
         """(..., width) -> (..., width), in the dtype of h"""
-        dtype = getattr(self.down.weight, "dtype", torch.float32)  # a layer that was quantised later has none
+        dtype = getattr(self.down.weight, "dtype", torch.float32)  # a layer that was quantised later has no dtype
         low = F.gelu(self.down(h.to(dtype)))  # (..., bottleneck)
         return (h + self.up(low)).to(h.dtype)
 
@@ -60,12 +60,12 @@ class AdapterLinear(nn.Module):
     def __getattr__(self, name):  # bias, in_features and the like, for code that reads them, are the base layer's
         if name.startswith("_") or name in self._modules:
             return super().__getattr__(name)
-        return getattr(super().__getattr__("linear"), name)
+        return getattr(super().__getattr__("linear"), name)  # super: self.linear would come here again
 
 
 class TrainedNorm(nn.Module):
-    """A normalisation layer replaced by a trained fp32 copy, `trained`. The original, `base`, is not called; it is
-    kept so that remove_adapters can put it back bit for bit."""
+    """A trained fp32 copy of a normalisation layer. The original, `base`, is kept so that remove_adapters can put it
+    back bit for bit; it is not called."""
 
     def __init__(self, norm):
         super().__init__()
@@ -74,7 +74,7 @@ class TrainedNorm(nn.Module):
         self.train(norm.training)
 
     def forward(self, *args, **named):
-        """(..., width) -> (..., width), in the dtype of the input, which is the first argument; more as the base has"""
+        """(..., width) -> (..., width), in the dtype of the input, the first argument; others are passed on"""
         base, trained = next(self.base.parameters()).dtype, next(self.trained.parameters()).dtype
         if base == trained:
             return self.trained(*args, **named)
@@ -84,7 +84,7 @@ class TrainedNorm(nn.Module):
         output = self.trained(*map(cast, args), **{name: cast(value) for name, value in named.items()})
         return output.to([*args, *named.values()][0].dtype)
 
-    def __getattr__(self, name):  # weight, eps and the like are the trained copy's, tensors in the dtype of the base's
+    def __getattr__(self, name):  # weight, eps and the like are read from the copy, tensors cast to the base's dtype
         if name.startswith("_") or name in self._modules:
             return super().__getattr__(name)
         value = getattr(super().__getattr__("trained"), name)
@@ -94,9 +94,9 @@ class TrainedNorm(nn.Module):
 # -- what makes it safe on anyone's model ------------------------------------------------------------------
 
 class NotToCompute(torch.Tensor):
-    """The weight that AdapterLinear shows. Its dtype, device and shape can be read. Computing with it is a ValueError:
-    code that reads the weight instead of calling the layer leaves out the adapter. nn.TransformerEncoderLayer is such
-    code in inference, but calls its layers if a weight has a class like this one."""
+    """The weight that AdapterLinear shows: one can read its dtype, device and shape. Computing with it is a ValueError,
+    as code that reads the weight instead of calling the layer leaves out the adapter. (In inference
+    nn.TransformerEncoderLayer reads weights, but not those of a class with __torch_function__.)"""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -108,7 +108,7 @@ class NotToCompute(torch.Tensor):
 
 # From here to trained_tensors as in lora.py, so that each file can be copied alone.
 
-# What was added would be frozen by a second technique, and not synchronised by the last two.
+# A second technique would freeze what the first has added; DDP and FSDP would not synchronise what is added after them.
 TAKEN = ("LoRALinear", "AdapterLinear", "TrainedNorm", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
@@ -116,7 +116,7 @@ def plain(tensors):
     """Check that there are tensors, with floating-point values in memory: none is quantised, sharded or offloaded."""
     counting = torch.get_default_device().type == "meta"  # inside `with torch.device("meta")`: shapes are enough
     floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    return bool(tensors) and all(
+    return bool(tensors) and all(  # a quantised tensor is of a subclass; a sharded one can be empty
         type(tensor) in (torch.Tensor, nn.Parameter) and tensor.dtype in floats and tensor.numel() > 0
         and (counting or not tensor.is_meta) for tensor in tensors)
 
@@ -133,7 +133,7 @@ def matching(model, targets, fits=lambda module: True):
         if name and fits(module) and plain(list(module.parameters())):
             fitting[name] = module
     for target in [targets] if isinstance(targets, str) else targets:
-        matches = [name for name in modules if name and f".{name}".endswith(f".{target}")]
+        matches = [name for name in modules if name and f".{name}".endswith(f".{target}")]  # whole names only
         wrong = [f"{name} is a {modules[name]._get_name()}, the wrong type, or quantised, sharded or offloaded"
                  for name in matches if name not in fitting]
         if wrong or not matches:
@@ -171,7 +171,7 @@ def is_linear(module):
     """Recognise nn.Linear, but not its subclass in nn.MultiheadAttention, whose weight is read and which is never
     called; and transformers' Conv1D (GPT-2), whose weight is (in, out)."""
     read = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return isinstance(module, nn.Linear) and not read or type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return (isinstance(module, nn.Linear) and not read) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
 def trained_tensors(model, kinds):
@@ -202,7 +202,7 @@ def trained_tensors(model, kinds):
 def is_norm(module):
     """Recognise a normalisation layer by the name of its class or of one that it inherits from: LayerNorm, GroupNorm,
     BatchNorm2d, T5LayerNorm, LlamaRMSNorm. Nothing may be nested in it."""
-    classes = [kind.__name__.rstrip("123d") for kind in type(module).__mro__]
+    classes = [kind.__name__.rstrip("123d") for kind in type(module).__mro__]  # BatchNorm2d -> BatchNorm
     return any(name.endswith("Norm") for name in classes) and not list(module.children())
 
 
@@ -213,8 +213,8 @@ def add_adapters(model, targets=("attention.output", "feed_forward.output"), bot
 
     The defaults are the paper's placement on the encoder of bert.py: one adapter at the end of each of a block's two
     sub-layers, before the residual sum. The authors train the norm of the embeddings too, "embeddings.norm". Return the
-    names of what was wrapped; a module with several names gets one wrapper. Raise ValueError, and change nothing, where
-    matching does or if nothing is named.
+    names of what was wrapped; a module with several names gets one wrapper. `norms` may be empty. Raise ValueError, and
+    change nothing, where matching does or if nothing is named.
     """
     wrappers = {layer: AdapterLinear(layer, bottleneck, init_std) for layer in matching(model, targets, is_linear)}
     wrappers |= {norm: TrainedNorm(norm) for norm in matching(model, norms, is_norm)}

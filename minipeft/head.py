@@ -43,13 +43,12 @@ class Head(nn.Module):
 
 class Classifier(nn.Module):
     """Encoder + pooling + head. Build it after a technique has been applied to the encoder: the head then stays
-    trainable and is not wrapped.
+    trainable and is not wrapped. Save the head too: `lora_state(encoder)` does not hold it.
 
     encoder: called as encoder(input_ids, attention_mask=mask); returns (batch, length, hidden), or a tuple or object
     that has it as its first item, as Hugging Face encoders do. hidden_size: that of `encoder.config` if not given.
-    pooler: with pooling="cls" the head's dense layer starts as a copy of this linear layer, such as the checkpoint's
-    pooler (`bert.pooler.dense` in transformers): the whole is then BertForSequenceClassification. Raises ValueError
-    for another pooling.
+    pooler: a linear layer that the head's dense layer starts from, with pooling="cls" only: with `bert.pooler.dense`
+    of transformers, the whole is BertForSequenceClassification. Raises ValueError for another pooling.
     """
 
     def __init__(self, encoder, classes, pooling="mean", dropout=0.1, hidden_size=None, pooler=None):

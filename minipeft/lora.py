@@ -52,12 +52,12 @@ class LoRALinear(nn.Module):
     def __getattr__(self, name):  # bias, in_features and the like, for code that reads them, are the base layer's
         if name.startswith("_") or name in self._parameters or name in self._modules:
             return super().__getattr__(name)
-        return getattr(super().__getattr__("linear"), name)
+        return getattr(super().__getattr__("linear"), name)  # super: self.linear would come here again
 
 
 # -- what makes it safe on anyone's model: repeated in adapter.py, so that each file can be copied alone ---
 
-# What was added would be frozen by a second technique, and not synchronised by the last two.
+# A second technique would freeze what the first has added; DDP and FSDP would not synchronise what is added after them.
 TAKEN = ("LoRALinear", "AdapterLinear", "TrainedNorm", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
@@ -65,7 +65,7 @@ def plain(tensors):
     """Check that there are tensors, with floating-point values in memory: none is quantised, sharded or offloaded."""
     counting = torch.get_default_device().type == "meta"  # inside `with torch.device("meta")`: shapes are enough
     floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    return bool(tensors) and all(
+    return bool(tensors) and all(  # a quantised tensor is of a subclass; a sharded one can be empty
         type(tensor) in (torch.Tensor, nn.Parameter) and tensor.dtype in floats and tensor.numel() > 0
         and (counting or not tensor.is_meta) for tensor in tensors)
 
@@ -82,7 +82,7 @@ def matching(model, targets, fits=lambda module: True):
         if name and fits(module) and plain(list(module.parameters())):
             fitting[name] = module
     for target in [targets] if isinstance(targets, str) else targets:
-        matches = [name for name in modules if name and f".{name}".endswith(f".{target}")]
+        matches = [name for name in modules if name and f".{name}".endswith(f".{target}")]  # whole names only
         wrong = [f"{name} is a {modules[name]._get_name()}, the wrong type, or quantised, sharded or offloaded"
                  for name in matches if name not in fitting]
         if wrong or not matches:
@@ -120,7 +120,7 @@ def is_linear(module):
     """Recognise nn.Linear, but not its subclass in nn.MultiheadAttention, whose weight is read and which is never
     called; and transformers' Conv1D (GPT-2), whose weight is (in, out)."""
     read = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return isinstance(module, nn.Linear) and not read or type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return (isinstance(module, nn.Linear) and not read) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
 def trained_tensors(model, kinds):
@@ -172,7 +172,8 @@ def remove_lora(model):
 def merge_lora(model):
     """Add every update to its weight and put plain layers back under their old names. Return the names.
 
-    A second call is a no-op. Each merged weight is a new parameter: an embedding tied to the old one keeps its values.
+    A second call is a no-op. Each merged weight is a new parameter: an embedding tied to the old one keeps its values,
+    and is no longer tied.
     Raise ValueError, and change nothing, for a base layer that computes more than W x + b (a subclass, a
     parametrisation, a hook) or is not in memory.
     """
@@ -181,7 +182,7 @@ def merge_lora(model):
         if isinstance(module, LoRALinear):
             linear = module.linear
             more = (linear._forward_hooks or linear._forward_pre_hooks
-                    or getattr(linear.forward, "__func__", None) is not type(linear).forward)  # set by accelerate
+                    or getattr(linear.forward, "__func__", None) is not type(linear).forward)  # accelerate replaces it
             ordinary = type(linear) is nn.Linear or module.transposed
             if more or not ordinary or not plain(list(module.parameters())) or not name:
                 raise ValueError(f"cannot merge into {name or 'the model itself'} ({linear._get_name()}): it is not "
@@ -200,8 +201,8 @@ def lora_state(model):
 
 @torch.no_grad()
 def load_lora(model, state):
-    """Load the result of `lora_state` into a model after the same `add_lora`. Raise ValueError, and change nothing, if
-    names or shapes differ."""
+    """Load the result of `lora_state` into a model after the same `add_lora`: alpha is not in it. Raise ValueError, and
+    change nothing, if names or shapes differ."""
     tensors = trained_tensors(model, LoRALinear)
     ours = {f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
     given = {f"{name} {tuple(tensor.shape)}" for name, tensor in state.items()}

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 WEIGHTS, DATA = Path("weights/all-MiniLM-L6-v2"), Path("data/movie-reviews.tsv")
-RATES = {"head": 8e-3, "adapter": 1e-3, "lora": 5e-4, "full": 2.5e-5}  # the highest learning rate of each technique
+RATES = {"head": 8e-3, "adapter": 1e-3, "lora": 5e-4, "full": 2.5e-5}  # the peak of the learning rate
 EPOCHS, BATCH_SIZE = 3, 32
 
 
@@ -127,7 +127,7 @@ def apply(technique, bert):
         swap(bert, LoRALinear)
     if technique == "adapter":
         swap(bert, AdapterLinear, ["attention_output", "output"])
-        swap(bert, nn.LayerNorm.requires_grad_, ["attention_norm", "output_norm"])  # the norms are trained, too
+        swap(bert, nn.LayerNorm.requires_grad_, ["attention_norm", "output_norm"])  # returns the norm
 
 
 def read(path, tokenizer):
@@ -156,7 +156,7 @@ def encode(bert, sentences):
 
 
 def train(technique, bert, head, sentences):
-    """Train every parameter that requires a gradient. Return the loss of each step."""
+    """Train all that requires a gradient, with weight decay for matrices only. Return the loss of each step."""
     parameters = [p for p in [*bert.parameters(), *head.parameters()] if p.requires_grad]
     print(f"{technique}: training {sum(p.numel() for p in parameters):,} parameters on {len(sentences):,} sentences")
     matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() == 1]

@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import data
 from ..adapter import Adapter, AdapterLinear, TrainedNorm
-from ..lora import LoRALinear, load_lora, lora_state, merge_lora
+from ..lora import LoRALinear, merge_lora
 from ..model import count_parameters, trained
 from ..tools import download
 from ..tools.settings import TECHNIQUES
@@ -116,22 +116,13 @@ def first_fall(lesson, rank, alpha):
     return before - after
 
 
-def switch_tasks(model):
-    """Load another task into a LoRA model: (megabytes, milliseconds, whether the frozen weights keep their bits)."""
-    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    other = {name: torch.randn_like(tensor) for name, tensor in lora_state(model).items()}
-    seconds = min(timeit.repeat(lambda: load_lora(model, other), number=1, repeat=5))
-    kept = all(torch.equal(model.get_parameter(name), tensor) for name, tensor in frozen.items())
-    return sum(tensor.nbytes for tensor in other.values()) / 1e6, 1000 * seconds, kept
-
-
 def adapter_gradients(lesson, zero=False):
     """Gradient norms at step one, from the default initialisation or with all adapters at zero."""
     model = lesson.build("adapter")
     for layer in layers_of(model, Adapter) if zero else []:
         nn.init.zeros_(layer.down.weight)  # the biases are zero already
         nn.init.zeros_(layer.up.weight)
-    return gradient_norms(lesson, model, "down.weight", "up.weight", "up.bias", "trained.weight")
+    return gradient_norms(lesson, model, "down.weight", "up.weight", "up.bias")
 
 
 def adapter_start(lesson, init_std, skip=True):
@@ -227,12 +218,7 @@ def lora(lesson):
     merge_lora(model)
     difference = (model(*lesson.examples) - logits).abs().max()
     say("Then merge: W = W0 + (alpha / rank) B A.")
-    show(f"P(positive) merged: {lesson.probability(model):.3f}    largest change of a logit: {difference:.0e}")
-
-    step("6. Several tasks on one encoder")
-    megabytes, milliseconds, kept = switch_tasks(lesson.build("lora"))
-    show(f"A, B and head of another task: {megabytes:.1f} MB, loaded in {milliseconds:.1f} ms (depends on the machine)",
-         f"the frozen weights keep their bits: {'yes' if kept else 'no'}")
+    show(f"largest change of a logit: {difference:.0e}")
 
 
 def adapter(lesson):
@@ -250,7 +236,7 @@ def adapter(lesson):
     step("2. What if both matrices start at zero?")
     say("With g = dL/dy and low = GELU(W_down h + b_down), the chain rule gives, summed over all tokens:")
     show("dL/dW_up = g low^T     dL/dW_down = (W_up^T g * GELU') h^T     dL/db_up = g", "")
-    table((14, 15, 15, 15, 0), ("start", "|dL/dW_down|", "|dL/dW_up|", "|dL/db_up|", "|dL/d norm weight|"),
+    table((14, 15, 15, 0), ("start", "|dL/dW_down|", "|dL/dW_up|", "|dL/db_up|"),
           *((start, *(f"{norm:.4f}" for norm in adapter_gradients(lesson, zero)))
             for start, zero in (("std 0.01", False), ("all zero", True))))
 
