@@ -11,9 +11,6 @@ import io
 import json
 import os
 import re
-import zlib
-from array import array
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +18,9 @@ import numpy as np
 
 from ..data import Corpus, limit, load_tokenizer, split, tokenize
 from . import download
-from .files import UserError, sha256
+from .files import UserError, readable, sha256
+from .settings import READING
 
-SAMPLE = 100_000  # characters of a table that decide on its separator
 UNLABELLED = " (if the file has no labels: python -m minipeft predict RUN --csv FILE)"
 NO_CLASSES = ("unsup", "__MACOSX")  # subfolders: unlabelled texts in the IMDb archive, what macOS adds to archives
 
@@ -49,13 +46,10 @@ def read_text(path, encoding, notes):
     Without `encoding`: UTF-16 if the file begins with its mark, else UTF-8, with Windows-1252 for bytes that are not
     UTF-8, which a note reports.
     """
-    path = Path(path)
-    try:
+    with readable(path):
         content = path.read_bytes()
         if path.suffix.lower() == ".gz":
             content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:  # the last two from a damaged .gz
-        raise UserError(f"{path} could not be read ({getattr(error, 'strerror', None) or error})") from error
     guess = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8"
     line = 1
     try:
@@ -66,9 +60,6 @@ def read_text(path, encoding, notes):
             text = content.decode(encoding or guess, "strict" if encoding else "cp1252")
             notes.append(f"{path}, line {line}: not UTF-8; such characters are read as Windows-1252 (--encoding names "
                          "another)")
-        if "\0" in text:
-            line = text.count("\n", 0, text.index("\0")) + 1
-            raise ValueError("a NUL byte")
     except ValueError as error:  # UnicodeDecodeError is one
         raise UserError(f"{path}, line {line}: not plain text ({error}); name the encoding with --encoding, or save "
                         "the file as UTF-8") from None
@@ -76,61 +67,55 @@ def read_text(path, encoding, notes):
 
 
 def read_objects(path, text):
-    """Yield (line, object) from JSON lines, or (place, object) from a JSON array of objects."""
-    number, is_array = 1, text.lstrip().startswith("[")
+    """Return (number, object) of each object of a JSON array, or of each line of a file of JSON lines."""
+    number, rows = 1, []
     try:
-        for number, row in enumerate(json.loads(text, parse_constant=int) if is_array else text.split("\n"), 1):
-            if not is_array:
-                if not row.strip():
-                    continue
-                row = json.loads(row, parse_constant=int)  # int("NaN") is a ValueError
+        if text.lstrip().startswith("["):
+            rows = list(enumerate(json.loads(text, parse_constant=int), 1))
+        else:
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    rows.append((number, json.loads(line, parse_constant=int)))  # int("NaN") is a ValueError
+        for number, row in rows:
             if not isinstance(row, dict):
                 raise ValueError(f"{row!r:.80}")
-            yield number, row
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {number}: not a JSON object ({error})") from None
+    return rows
 
 
-def parse_rows(text, separator, quoting=csv.QUOTE_MINIMAL, strict=True):
-    """Return (line on which it begins, list of fields) of each row that is not blank. csv.Error, with the line."""
+def parse_rows(path, text, separator, quoting=csv.QUOTE_MINIMAL):
+    """Return (line on which it begins, list of fields) of each row that is not blank."""
     rows, begin = [], 1
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=strict)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
     try:
         for row in reader:
             if row:
                 rows.append((begin, row))
             begin = reader.line_num + 1
     except csv.Error as error:
-        raise csv.Error(f"line {begin}: {error}; check quotation marks") from None
+        raise UserError(f"{path}, line {begin}: {error}; check quotation marks") from None
     return rows
 
 
-def is_regular(text, separator):
-    """Return whether this separator gives all rows the same number of columns, two or more."""
-    rows = parse_rows(text, separator, csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL, strict=False)
-    widths = {len(row) for _, row in rows[:-1] or rows}  # the last row may be incomplete
-    return len(widths) == 1 and widths.pop() > 1
+def read_rows(path, text, separator, notes):
+    """Return the rows of a table as `parse_rows` does. The separator is the most frequent one of the first line.
 
-
-def read_rows(path, text, kind, separator, notes):
-    """Return (line on which it begins, list of fields) of each row of a CSV or TSV file."""
-    if excel := re.match(r"sep=(.)\r?\n", text, re.IGNORECASE):
-        separator, text = separator or excel[1], "\n" + text[excel.end():]  # a blank line: the line numbers stay
-    choice = {".tsv": "\t", ".tab": "\t", ".csv": ",;\t"}.get(kind, "\t,;")
-    separator = separator or next((mark for mark in choice if is_regular(text[:SAMPLE], mark)), choice[0])
+    Many TSV files do not quote: there, a quotation mark is part of the text.
+    """
+    first_line = text.lstrip("\r\n").partition("\n")[0]
+    separator = separator or max("\t,;", key=first_line.count)
     try:
-        rows = parse_rows(text, separator)
-        if separator != "\t" or not any("\t" in "".join(row) for _, row in rows):
+        rows = parse_rows(path, text, separator)
+        if separator != "\t" or not any("\t" in field for _, row in rows for field in row):
             return rows  # a tab inside: the quotation mark of one row was closed by that of another
-    except csv.Error as error:
+    except UserError:
         if separator != "\t":
-            raise UserError(f"{path}, {error}") from None
-    rows = parse_rows(text, separator, csv.QUOTE_NONE)
-    opened = sum(field.startswith('"') for _, row in rows for field in row)
+            raise
     notes.append(f"{path}: not every field that begins with a quotation mark ends with one, so quotation marks are "
-                 f"part of the text ({counted(opened, 'field')})")
-    return rows
+                 "part of the text")
+    return parse_rows(path, text, separator, csv.QUOTE_NONE)
 
 
 def list_folder(folder):
@@ -152,11 +137,9 @@ def read_folder(folder, encoding, notes):
     names, rows, changed = list_folder(folder), [], []
     for number, name in enumerate(names, 1):
         rows.append((number, [name, read_text(folder / name, encoding, changed).strip(), name.partition("/")[0]]))
-    files = {path for path in folder.rglob("*") if path.is_file()}
-    others = Counter(path.parent for path in files - {folder / name for name in names})
+    others = sum(path.is_file() for path in folder.rglob("*")) - len(names)
     if others:
-        places = [f"{counted(others[place], 'file')} in {place.relative_to(folder)}" for place in sorted(others)]
-        notes.append(f"left out of {folder}: {listed(places)} (the texts of a class are the .txt files in its folder)")
+        notes.append(f"left out {counted(others, 'file')} of {folder} (texts are read from CLASS/NAME.txt)")
     if changed:
         notes.append(f"{changed[0]}; {counted(len(changed), 'such file')}")
     return rows
@@ -187,54 +170,47 @@ def is_text(value):
 def open_table(path, notes, labelled=True, text_column=None, label_column=None, encoding=None, separator=None):
     """Return the Table of a CSV, TSV, JSON-lines or JSON file, or of a folder.
 
-    Column names ("text" and "label" by default) are found whatever their case. Of two columns one name is enough; if
-    there is none, there is no header, and the label is the column with fewer distinct values. Unless `labelled`, a
-    column of labels is not needed, but a header is. UserError if a column is missing or, with the line, a row does not
-    fit. Rows equal to the header, as in files that were joined, are left out.
+    Column names ("text" and "label" by default) are found whatever their case; of two columns one name is enough.
+    Unless `labelled`, a column of labels is not needed. Rows equal to the first, as in files that were joined, are left
+    out. UserError if a column is missing or, with the line, a row does not fit.
     """
-    path, header = Path(path), None
+    path = Path(path)
     if path.is_dir():
         return Table(["file", "text", "label"], 1, 2, read_folder(path, encoding, notes))
     if not path.is_file():
         raise UserError(f"{path} is not a file or folder; give a CSV, TSV or JSON file or a folder")
-    kind, content = Path(path.name.lower().removesuffix(".gz")).suffix, read_text(path, encoding, notes)
-    if kind in (".jsonl", ".ndjson", ".json"):
-        objects = list(read_objects(path, content))
+    content = read_text(path, encoding, notes)
+    if Path(path.name.lower().removesuffix(".gz")).suffix in (".jsonl", ".ndjson", ".json"):
+        objects = read_objects(path, content)
         names = list(objects[0][1]) if objects else []
         rows = [(line, [row.get(name) for name in names]) for line, row in objects]
     else:
-        rows = read_rows(path, content, kind, separator, notes)
-        header = rows[0][1] if rows else []
+        (_, header), *others = read_rows(path, content, separator, notes) or [(1, [])]
         names = [name.strip() for name in header]
+        rows = [(line, row) for line, row in others if row != header]
+        if len(rows) < len(others):
+            repeated = counted(len(others) - len(rows), "row")
+            notes.append(f"left out {repeated} of {path} equal to the names of its columns")
 
     wanted = text_column or "text", label_column or "label"
     text, label = (find_column(names, name) for name in wanted)
-    if len(names) == 2 and not (text_column or label_column):
-        if text is None and label is None and header and labelled:
-            first, second = (len({row[column] for _, row in rows if len(row) == 2}) for column in (0, 1))
-            text, label = (1, 0) if first < second else (0, 1)
-            names[text], names[label], header = *wanted, None
-        elif text is None and label is not None:
-            text = 1 - label
-        elif label is None and text is not None:
-            label = 1 - text
-    way_out = f"the columns with --text-column and --label-column{UNLABELLED}" if labelled else "it with --text-column"
+    if len(names) == 2 and text is None and label is not None:
+        text = 1 - label
+    elif len(names) == 2 and label is None and text is not None:
+        label = 1 - text
     for name, column in zip(wanted, (text, label if labelled else 0)):
-        if column is None and names:
-            others = listed([repr(name) for name in names])
-            raise UserError(f"{path} has no column {name!r} but {others}; name {way_out}")
-
-    kept = [(line, row) for line, row in rows if row != header]
-    headers = len(rows) - len(kept)
-    if headers > 1:  # files that were joined
-        notes.append(f"left out {counted(headers - 1, 'row')} of {path} equal to the names of its columns")
-    for line, row in kept:
+        if column is None:
+            found = listed([repr(name) for name in names]) or "none"
+            way_out = f" and --label-column{UNLABELLED}" if labelled else ""
+            raise UserError(f"{path} has no column {name!r} (found: {found}): the first line must name the columns; "
+                            f"choose others with --text-column{way_out}")
+    for line, row in rows:
         if len(row) != len(names):
             raise UserError(f"{path}, line {line}: {len(row)} columns where the first line has {len(names)}; a text "
                             "that contains the separator needs quotation marks around it")
         if not is_text(row[text]):
             raise UserError(f"{path}, line {line}: {names[text]!r} is {row[text]!a:.80} and not a text")
-    return Table(names, text, label, kept)
+    return Table(names, text, label, rows)
 
 
 def read_file(path, notes=None, **reading):
@@ -276,36 +252,22 @@ def hash_text(text):
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def spelling(name):
-    """Return what names that differ in case or number format only have in common: Pos and pos, 1 and 1.0."""
-    try:
-        return float(name)
-    except ValueError:
-        return name.casefold()
-
-
-def sort_classes(names, notes):
-    """Return the names of the classes sorted, whole numbers by value. A note warns of names that look alike."""
+def sort_classes(names):
+    """Return the names of the classes sorted, whole numbers by value."""
     whole = all(re.fullmatch(r"-?\d+", name) for name in names)
-    classes = sorted(names, key=lambda name: (int(name) if whole else 0, name))
-    spellings = Counter(map(spelling, classes))
-    if alike := [name for name in classes if spellings[spelling(name)] > 1]:
-        notes.append(f"warning: some classes differ in case or number format only: {listed(alike)}")
-    return classes
+    return sorted(names, key=lambda name: (int(name) if whole else 0, name))
 
 
 def check_labels(corpus):
     """UserError unless the data have two classes or more, each with two sentences, and the test set has no other."""
     path, labels = corpus.files[-1], corpus.labels
+    if len(corpus.classes) == 1:
+        raise UserError(f"{path}: every label is {corpus.classes[0]!r:.80}; two classes are needed")
     counts = np.bincount(labels[corpus.file == len(corpus.files) - 1], minlength=len(corpus.classes))
-    if np.count_nonzero(counts) == 1:
-        raise UserError(f"{path}: every label is {corpus.classes[counts.argmax()]!r:.80}; two classes are needed")
     rarest = counts.argmin()
     if counts[rarest] < 2:
         last = np.flatnonzero(labels == rarest)[-1]  # in a test file, if the data lack this label
-        way_out = UNLABELLED if counts[rarest] == 0 else (
-            "; two are needed: add some or take it out (if it is the name of a column, use --text-column and "
-            "--label-column)")
+        way_out = UNLABELLED if counts[rarest] == 0 else "; two are needed: add some or take it out"
         raise UserError(f"{corpus.files[corpus.file[last]]}, line {corpus.line[last]}: {path} has "
                         f"{counted(counts[rarest], 'sentence')} labelled {corpus.classes[rarest]!r:.80}{way_out}")
 
@@ -331,9 +293,8 @@ def find_usable(corpus, exact):
     differs = np.flatnonzero(labels != labels[first])
     conflicts = np.isin(first, first[differs])
     if conflicts.any():
-        one, other = ((lines[index], corpus.classes[labels[index]]) for index in (first[differs[0]], differs[0]))
         corpus.notes.append(f"left out {conflicts.sum():,} sentences of {path} whose text occurs with more than one "
-                            f"label, such as line {one[0]} ({one[1]!r:.80}) and line {other[0]} ({other[1]!r:.80})")
+                            f"label, such as lines {lines[first[differs[0]]]} and {lines[differs[0]]}")
     repeats = (first != np.arange(len(own))) & ~conflicts
     if repeats.any():
         corpus.notes.append(f"dropped {counted(repeats.sum(), 'repeated sentence')}")
@@ -349,8 +310,8 @@ def read_corpus(files, tokenizer, **reading):
     whatever their case and spacing, texts with more than one label, exact repeats. Raises UserError if a file cannot
     be used: no rows, one class, a row without a label, a label that occurs once. reading: options of `open_table`.
     """
-    labels, lines, hashes, exact = (array(kind) for kind in "iqQQ")
-    texts, names, sizes, notes = [], {}, [], []
+    texts, labels, lines, hashes, exact = [], [], [], [], []  # of each sentence
+    names, sizes, notes = {}, [], []
     for path in files:
         empty = 0
         for line, text, label in read_file(path, notes, **reading):
@@ -366,8 +327,8 @@ def read_corpus(files, tokenizer, **reading):
             exact.append(hash_text(text.strip()))
         sizes.append(len(lines) - sum(sizes))
         if not sizes[-1]:
-            raise UserError(f"{path} holds no sentences; a table needs rows of text and label, a folder one "
-                            "subfolder a class with one .txt file a sentence")
+            raise UserError(f"{path} holds no sentences: a table needs rows of text and label, a folder a subfolder "
+                            "for each class with a .txt file for each sentence")
         if empty:
             notes.append(f"skipped {counted(empty, 'row')} without text in {path}")
     sentences, cut = tokenize(tokenizer, texts)
@@ -376,27 +337,25 @@ def read_corpus(files, tokenizer, **reading):
         notes.append(f"cut {cut:,} of {counted(len(texts), 'text')} to {tokenizer.truncation['max_length']} tokens "
                      "(--max-length)")
     unknown = np.count_nonzero(tokens == tokenizer.token_to_id("[UNK]")) / (len(tokens) - 2 * len(texts))
-    if unknown > 0.1:
-        notes.append(f"warning: {unknown:.1%} of the tokens are [UNK], which the vocabulary of the weights lacks: take "
-                     "weights for this language, or multilingual ones, with --weights")
-    elif unknown:
-        notes.append(f"{unknown:.1%} of the tokens are [UNK], which the vocabulary of the weights lacks")
+    if unknown:
+        notes.append(f"{unknown:.1%} of the tokens are [UNK], which the vocabulary of the weights lacks (if many: take "
+                     "--weights for this language)")
 
-    classes = sort_classes(names, notes)
+    classes = sort_classes(names)
     rank = {name: number for number, name in enumerate(classes)}
     corpus = Corpus(list(files), reading, classes, tokens=tokens,
                     starts=np.concatenate([[0], np.cumsum([len(ids) for ids in sentences])]),
                     labels=np.array([rank[name] for name in names])[labels],
                     file=np.repeat(np.arange(len(files)), sizes),
-                    line=np.array(lines), hashes=np.array(hashes), notes=notes)
+                    line=np.array(lines), hashes=np.array(hashes, np.uint64), notes=notes)
     check_labels(corpus)
-    corpus.keep(find_usable(corpus, np.array(exact)))
+    corpus.keep(find_usable(corpus, np.array(exact, np.uint64)))
     return corpus
 
 
 def reading_options(settings):
     """The options of `open_table` that `settings` hold."""
-    return {name: getattr(settings, name) for name in ("text_column", "label_column", "encoding", "separator")}
+    return {name: getattr(settings, name) for name in READING}
 
 
 def check_files(settings):
