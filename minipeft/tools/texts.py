@@ -37,32 +37,23 @@ def listed(names, most=10):
 
 # -- text and rows ----------------------------------------------------------------------------------------
 
-codecs.register_error("cp1252", lambda error: (error.object[error.start:error.end].decode("cp1252"), error.end))
-
-
-def read_text(path, encoding, notes):
+def read_text(path, encoding):
     """Return the content of a text file, which may be packed with gzip. UserError, with the line, if it is not text.
 
-    Without `encoding`: UTF-16 if the file begins with its mark, else UTF-8, with Windows-1252 for bytes that are not
-    UTF-8, which a note reports.
+    Without `encoding`: UTF-16 if the file begins with its mark, else UTF-8.
     """
     with readable(path):
         content = path.read_bytes()
         if path.suffix.lower() == ".gz":
             content = gzip.decompress(content)
-    guess = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8"
-    line = 1
+    if encoding is None:
+        encoding = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8"
     try:
-        try:
-            text = content.decode(encoding or guess)
-        except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-            text = content.decode(encoding or guess, "strict" if encoding else "cp1252")
-            notes.append(f"{path}, line {line}: not UTF-8; such characters are read as Windows-1252 (--encoding names "
-                         "another)")
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise UserError(f"{path}, line {line}: not plain text ({error}); name the encoding with --encoding, or save "
-                        "the file as UTF-8") from None
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not {encoding} text ({error.reason}); save it as UTF-8, or name its "
+                        "encoding with --encoding, such as cp1252") from None
     return re.sub("^\ufeff", "", text, flags=re.MULTILINE)  # not only in line 1: files may have been joined
 
 
@@ -134,14 +125,12 @@ def list_folder(folder):
 
 def read_folder(folder, encoding, notes):
     """Return (place in the sorted listing, [name, text, class]) of each text of a folder."""
-    names, rows, changed = list_folder(folder), [], []
+    names, rows = list_folder(folder), []
     for number, name in enumerate(names, 1):
-        rows.append((number, [name, read_text(folder / name, encoding, changed).strip(), name.partition("/")[0]]))
+        rows.append((number, [name, read_text(folder / name, encoding).strip(), name.partition("/")[0]]))
     others = sum(path.is_file() for path in folder.rglob("*")) - len(names)
     if others:
         notes.append(f"left out {counted(others, 'file')} of {folder} (texts are read from CLASS/NAME.txt)")
-    if changed:
-        notes.append(f"{changed[0]}; {counted(len(changed), 'such file')}")
     return rows
 
 
@@ -179,7 +168,7 @@ def open_table(path, notes, labelled=True, text_column=None, label_column=None, 
         return Table(["file", "text", "label"], 1, 2, read_folder(path, encoding, notes))
     if not path.is_file():
         raise UserError(f"{path} is not a file or folder; give a CSV, TSV or JSON file or a folder")
-    content = read_text(path, encoding, notes)
+    content = read_text(path, encoding)
     if Path(path.name.lower().removesuffix(".gz")).suffix in (".jsonl", ".ndjson", ".json"):
         objects = read_objects(path, content)
         names = list(objects[0][1]) if objects else []
