@@ -1779,8 +1779,8 @@ def test_rows_without_text_are_skipped_and_long_texts_cut_and_both_are_counted(t
     path = tmp_path / "a.csv"
     path.write_text(f"text,label\n{'good ' * 40_000},1\n,0\n\nbad,0\ngood film,1\n  good film ,1\nbad plot,0\n")
     corpus = corpus_of(path, tiny=tiny)
-    assert corpus.notes == [f"skipped 1 row without text in {path}", "cut 1 of 5 texts to 40 tokens (--max-length)",
-                            "dropped 1 repeated sentence"]
+    assert corpus.notes == [f"skipped 1 row without text in {path}", "dropped 1 repeated sentence",
+                            "cut 1 of 4 texts to 40 tokens (--max-length)"]
     assert corpus.line.tolist() == [2, 5, 6, 8] and corpus.lengths.tolist() == [40, 3, 4, 4]
     assert corpus.hashes[3] == texts.hash_text("bad plot")
     expected = [[2] + [4] * 38 + [3], [2, 9, 3], [2, 4, 16, 3], [2, 9, 17, 3]]  # 2, 3, 4: [CLS], [SEP], good

@@ -72,23 +72,15 @@ def evaluate(options):
     from .tools import metrics, texts
     classify, record, reading = open_classifier(options)
     path, classes, notes = options.file, record["classes"], []
-    sentences, labels, empty = [], [], 0
-    for line, text, label in texts.read_file(path, notes, **reading):
-        if not text.strip():
-            empty += 1
-            continue
-        if label not in classes:
-            raise UserError(f"{path}, line {line}: the label {label!r:.80} is none of the run's classes "
-                            f"({texts.listed(classes)}); correct the label or take the row out")
-        sentences.append(text)
-        labels.append(classes.index(label))
-    if not labels:
-        raise UserError(f"{path} holds no sentences: a table needs rows of text and label")
+    sentences, = texts.read_sentences([path], notes, **reading)
+    for sentence in sentences:
+        if sentence.label not in classes:
+            raise UserError(f"{path}, line {sentence.line}: the label {sentence.label!r:.80} is none of the run's "
+                            f"classes ({texts.listed(classes)}); correct the label or take the row out")
     if texts.fingerprint(path) == record["data_sha256"][-1]:
         notes.append(f"warning: the run was trained on {path}; new sentences will give lower numbers")
-    if empty:
-        notes.append(f"skipped {texts.counted(empty, 'row')} without text")
-    found = classify(sentences), np.array(labels), classes
+    labels = np.array([classes.index(sentence.label) for sentence in sentences])
+    found = classify([sentence.text for sentence in sentences]), labels, classes
     print(*notes, *metrics.summary(*found), *metrics.confusions(*found), sep="\n")
 
 

@@ -45,14 +45,6 @@ class Corpus:
         """Return the token ids of some sentences as a list of arrays."""
         return [self.tokens[self.starts[index]:self.starts[index + 1]] for index in indices]
 
-    def keep(self, kept):
-        """Drop, in place, all sentences outside of the boolean mask `kept`."""
-        lengths = self.lengths
-        self.tokens = self.tokens[np.repeat(kept, lengths)]
-        self.starts = np.concatenate([[0], np.cumsum(lengths[kept])])
-        self.labels, self.file, self.line = self.labels[kept], self.file[kept], self.line[kept]
-        self.hashes = self.hashes[kept]
-
 
 def load_tokenizer(folder, max_length, vocab_size=None):
     """Load the tokenizer of a folder of weights; it cuts at `max_length` tokens and does not pad.

@@ -164,7 +164,7 @@ def locked(folder):
     with file:
         try:
             lock_file(file)
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 raise BlockingIOError  # its owner has just deleted it, so it is another file now
         except OSError:
             raise UserError(f"--out {folder} is in use by another process: wait for it, or choose another folder, on a "

@@ -11,7 +11,9 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -224,7 +226,124 @@ def fingerprint(path):
     return hashlib.sha256(os.fsencode(listing)).hexdigest()
 
 
+# -- sentences --------------------------------------------------------------------------------------------
+
+@dataclass(slots=True)
+class Sentence:
+    """A labelled text, and where it was read. file: an index into the list of files."""
+    file: int
+    line: int
+    text: str
+    label: str
+
+
+def read_sentences(files, notes, **reading):
+    """Read the labelled sentences of some files: a list of Sentences for each file. Rows without text are left out.
+
+    Raises UserError for a file without sentences and for a text without a label. reading: options of `open_table`.
+    """
+    found = []
+    for number, path in enumerate(files):
+        rows = [Sentence(number, *row) for row in read_file(path, notes, **reading)]
+        sentences = [row for row in rows if row.text.strip()]
+        if not sentences:
+            raise UserError(f"{path} holds no sentences: a table needs rows of text and label, a folder a subfolder "
+                            "for each class with a .txt file for each sentence")
+        if len(sentences) < len(rows):
+            notes.append(f"skipped {counted(len(rows) - len(sentences), 'row')} without text in {path}")
+        for sentence in sentences:
+            if not sentence.label:
+                raise UserError(f"{path}, line {sentence.line}: a text without a label; label it or take it out"
+                                f"{UNLABELLED}")
+        found.append(sentences)
+    return found
+
+
+def check_labels(files, found):
+    """UserError unless the data, the last of the files, have two classes or more, each with two sentences, and the test
+    set has no other."""
+    path, counts = files[-1], Counter(sentence.label for sentence in found[-1])
+    if len(counts) == 1:
+        raise UserError(f"{path}: every label is {found[-1][0].label!r:.80}; two classes are needed")
+    for sentence in chain(*found):
+        number = counts[sentence.label]
+        if number < 2:
+            way_out = "; two are needed: add some or take it out" if number else UNLABELLED
+            raise UserError(f"{files[sentence.file]}, line {sentence.line}: {path} has {counted(number, 'sentence')} "
+                            f"labelled {sentence.label!r:.80}{way_out}")
+
+
+def spelling(text):
+    """Return what texts that differ in case and spacing only have in common."""
+    return " ".join(text.casefold().split())
+
+
+def find_usable(files, found, notes):
+    """Return the sentences of the data, the last of the files, that can be used.
+
+    Left out, with a note, are sentences of the test set whatever their case and spacing, texts with more than one
+    label, and exact repeats. UserError if none is left.
+    """
+    *test, data = found
+    path, tested = files[-1], {spelling(sentence.text) for sentence in chain(*test)}
+    untested = [sentence for sentence in data if spelling(sentence.text) not in tested]
+    if len(untested) < len(data):
+        notes.append(f"left out {counted(len(data) - len(untested), 'sentence')} of {path} found in {files[0]} too")
+
+    labels = {}  # of each text, with the line of the first sentence that has it
+    for sentence in untested:
+        labels.setdefault(sentence.text.strip(), {}).setdefault(sentence.label, sentence.line)
+    clear = [sentence for sentence in untested if len(labels[sentence.text.strip()]) == 1]
+    if len(clear) < len(untested):
+        one, other, *_ = next(lines for lines in labels.values() if len(lines) > 1).values()
+        notes.append(f"left out {len(untested) - len(clear):,} sentences of {path} whose text occurs with more than "
+                     f"one label, such as lines {one} and {other}")
+
+    first = {}  # the first sentence of each text
+    for sentence in clear:
+        first.setdefault(sentence.text.strip(), sentence)
+    if len(first) < len(clear):
+        notes.append(f"dropped {counted(len(clear) - len(first), 'repeated sentence')}")
+    if not first:
+        raise UserError(f"{path} holds no sentences that can be used: {'; '.join(notes)}")
+    return list(first.values())
+
+
 # -- the corpus -------------------------------------------------------------------------------------------
+
+def hash_text(text):
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def read_corpus(files, tokenizer, **reading):
+    """Read, check and tokenise the labelled sentences of one data set, or of a test set and a data set.
+
+    Each row of a test set (the first of two `files`) that has a text is kept, repeated ones included; of the data,
+    those of `find_usable`. Raises UserError if a file cannot be used. reading: options of `open_table`.
+    """
+    notes = []
+    found = read_sentences(files, notes, **reading)
+    check_labels(files, found)
+    names = {sentence.label for sentence in chain(*found)}
+    whole = all(re.fullmatch(r"-?\d+", name) for name in names)
+    classes = sorted(names, key=lambda name: (int(name) if whole else 0, name))
+    index_of = {name: index for index, name in enumerate(classes)}
+    used = [*chain(*found[:-1]), *find_usable(files, found, notes)]
+    ids, cut = tokenize(tokenizer, [sentence.text for sentence in used])
+    tokens = np.concatenate(ids)
+    if cut:
+        notes.append(f"cut {cut:,} of {counted(len(used), 'text')} to {tokenizer.truncation['max_length']} tokens "
+                     "(--max-length)")
+    unknown = np.count_nonzero(tokens == tokenizer.token_to_id("[UNK]")) / (len(tokens) - 2 * len(used))
+    if unknown:
+        notes.append(f"{unknown:.1%} of the tokens are [UNK], which the vocabulary of the weights lacks (if many: take "
+                     "--weights for this language)")
+    return Corpus(
+        list(files), reading, classes, tokens, starts=np.cumsum([0, *map(len, ids)]),
+        labels=np.array([index_of[sentence.label] for sentence in used]),
+        file=np.array([sentence.file for sentence in used]), line=np.array([sentence.line for sentence in used]),
+        hashes=np.array([hash_text(spelling(sentence.text)) for sentence in used], np.uint64), notes=notes)
+
 
 def read_texts(corpus, indices):
     """Read the texts of some sentences from their files again, in one pass."""
@@ -237,120 +356,16 @@ def read_texts(corpus, indices):
     return [found[place] for place in places]
 
 
-def hash_text(text):
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def sort_classes(names):
-    """Return the names of the classes sorted, whole numbers by value."""
-    whole = all(re.fullmatch(r"-?\d+", name) for name in names)
-    return sorted(names, key=lambda name: (int(name) if whole else 0, name))
-
-
-def check_labels(corpus):
-    """UserError unless the data have two classes or more, each with two sentences, and the test set has no other."""
-    path, labels = corpus.files[-1], corpus.labels
-    if len(corpus.classes) == 1:
-        raise UserError(f"{path}: every label is {corpus.classes[0]!r:.80}; two classes are needed")
-    counts = np.bincount(labels[corpus.file == len(corpus.files) - 1], minlength=len(corpus.classes))
-    rarest = counts.argmin()
-    if counts[rarest] < 2:
-        last = np.flatnonzero(labels == rarest)[-1]  # in a test file, if the data lack this label
-        way_out = UNLABELLED if counts[rarest] == 0 else "; two are needed: add some or take it out"
-        raise UserError(f"{corpus.files[corpus.file[last]]}, line {corpus.line[last]}: {path} has "
-                        f"{counted(counts[rarest], 'sentence')} labelled {corpus.classes[rarest]!r:.80}{way_out}")
-
-
-def find_usable(corpus, exact):
-    """Return which sentences to keep, as a boolean mask, and add to corpus.notes what is left out and why.
-
-    exact: (n,) hashes of the texts without surrounding white space. Each row of a test file is kept.
-    """
-    kept, path = np.ones(len(corpus), bool), corpus.files[-1]
-    own = np.flatnonzero(corpus.file == len(corpus.files) - 1)
-    if len(corpus.files) > 1:
-        tested = np.isin(corpus.hashes[own], corpus.hashes[corpus.file == 0])
-        kept[own[tested]] = False
-        if tested.any():
-            corpus.notes.append(f"left out {counted(tested.sum(), 'sentence')} of {path} found in "
-                                f"{corpus.files[0]} too")
-        own = own[~tested]
-
-    _, first, same = np.unique(exact[own], return_index=True, return_inverse=True)
-    first = first[same]  # the first sentence with the same text, as an index into own
-    labels, lines = corpus.labels[own], corpus.line[own]
-    differs = np.flatnonzero(labels != labels[first])
-    conflicts = np.isin(first, first[differs])
-    if conflicts.any():
-        corpus.notes.append(f"left out {conflicts.sum():,} sentences of {path} whose text occurs with more than one "
-                            f"label, such as lines {lines[first[differs[0]]]} and {lines[differs[0]]}")
-    repeats = (first != np.arange(len(own))) & ~conflicts
-    if repeats.any():
-        corpus.notes.append(f"dropped {counted(repeats.sum(), 'repeated sentence')}")
-    kept[own[conflicts | repeats]] = False
-    return kept
-
-
-def read_corpus(files, tokenizer, **reading):
-    """Read, check and tokenise the labelled sentences of one data set, or of a test set and a data set.
-
-    Each row of a test set (the first of two `files`) that has a text is kept, repeated ones included. Left out of the
-    data, and counted in `notes`: rows without text (also in the test set), sentences that occur in the test set
-    whatever their case and spacing, texts with more than one label, exact repeats. Raises UserError if a file cannot
-    be used: no rows, one class, a row without a label, a label that occurs once. reading: options of `open_table`.
-    """
-    texts, labels, lines, hashes, exact = [], [], [], [], []  # of each sentence
-    names, sizes, notes = {}, [], []
-    for path in files:
-        empty = 0
-        for line, text, label in read_file(path, notes, **reading):
-            if not text.strip():
-                empty += 1
-                continue
-            if not label:
-                raise UserError(f"{path}, line {line}: a text without a label; label it or take it out{UNLABELLED}")
-            texts.append(text)
-            labels.append(names.setdefault(label, len(names)))
-            lines.append(line)
-            hashes.append(hash_text(" ".join(text.casefold().split())))
-            exact.append(hash_text(text.strip()))
-        sizes.append(len(lines) - sum(sizes))
-        if not sizes[-1]:
-            raise UserError(f"{path} holds no sentences: a table needs rows of text and label, a folder a subfolder "
-                            "for each class with a .txt file for each sentence")
-        if empty:
-            notes.append(f"skipped {counted(empty, 'row')} without text in {path}")
-    sentences, cut = tokenize(tokenizer, texts)
-    tokens = np.concatenate(sentences)
-    if cut:
-        notes.append(f"cut {cut:,} of {counted(len(texts), 'text')} to {tokenizer.truncation['max_length']} tokens "
-                     "(--max-length)")
-    unknown = np.count_nonzero(tokens == tokenizer.token_to_id("[UNK]")) / (len(tokens) - 2 * len(texts))
-    if unknown:
-        notes.append(f"{unknown:.1%} of the tokens are [UNK], which the vocabulary of the weights lacks (if many: take "
-                     "--weights for this language)")
-
-    classes = sort_classes(names)
-    rank = {name: number for number, name in enumerate(classes)}
-    corpus = Corpus(list(files), reading, classes, tokens=tokens,
-                    starts=np.concatenate([[0], np.cumsum([len(ids) for ids in sentences])]),
-                    labels=np.array([rank[name] for name in names])[labels],
-                    file=np.repeat(np.arange(len(files)), sizes),
-                    line=np.array(lines), hashes=np.array(hashes, np.uint64), notes=notes)
-    check_labels(corpus)
-    corpus.keep(find_usable(corpus, np.array(exact, np.uint64)))
-    return corpus
-
-
 def reading_options(settings):
     """The options of `open_table` that `settings` hold."""
     return {name: getattr(settings, name) for name in READING}
 
 
 def check_files(settings):
-    """UserError if a file of the user's is missing or cannot be read."""
-    for path in filter(None, (settings.test, settings.data)):
-        open_table(path, [], **reading_options(settings))
+    """UserError if a file of the user's is missing or cannot be used."""
+    files = [path for path in (settings.test, settings.data) if path]
+    if files:
+        check_labels(files, read_sentences(files, [], **reading_options(settings)))
 
 
 def load_data(settings, weights, config):
