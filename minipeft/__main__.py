@@ -4,6 +4,12 @@ import io
 import sys
 from pathlib import Path
 
+import numpy as np
+
+from . import data, model as models
+from .lab.explain import WALKTHROUGHS, explain as walk
+from .lora import merge_lora
+from .tools import checkpoint, export as exporter, metrics, texts
 from .tools.files import UserError, run_program
 from .tools.settings import EXPORT, READING, Parser, add_reading, number
 
@@ -11,16 +17,13 @@ from .tools.settings import EXPORT, READING, Parser, add_reading, number
 def open_classifier(options):
     """Open the run that was named: (function, record, how to read a file). The function: texts -> logits, array
     (n, classes). A file is read as the options say, or else as the data of the run."""
-    from . import data, model as models  # late: --help does not wait for torch
-    from .lora import merge_lora
-    from .tools import checkpoint
     model, record, weights = checkpoint.open_run(options.run, options.weights)
     merge_lora(model)  # plain linear layers again: the same predictions at the speed of the base model
     length = record["settings"]["max_length"]
     tokenizer = data.load_tokenizer(weights, length, model.encoder.config.vocab_size)
 
-    def classify(texts):
-        sentences, cut = data.tokenize(tokenizer, texts)
+    def classify(sentences):
+        sentences, cut = data.tokenize(tokenizer, sentences)
         if cut:
             print(f"texts cut to {length} tokens: {cut}", file=sys.stderr)
         return models.predict(model, sentences)
@@ -41,17 +44,13 @@ def arriving_lines():
 
 
 def predict(options):
-    import numpy as np
-
-    from .tools import texts
-    from .tools.metrics import log_probabilities
     if options.csv and options.text:
         raise UserError("give sentences or --csv, not both")
     classify, record, reading = open_classifier(options)
     classes = record["classes"]
     if not options.csv:
         for text in options.text or arriving_lines():
-            p, = np.exp(log_probabilities(classify([text])))
+            p, = np.exp(metrics.log_probabilities(classify([text])))
             print(f"{classes[p.argmax()]}\t{p.max():.3f}\t{text}", flush=True)
         return
     notes = []
@@ -61,15 +60,12 @@ def predict(options):
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow([*table.names, "prediction", *(f"p({name})" for name in classes)])
     rows = [row for _, row in table.rows]
-    found = np.exp(log_probabilities(classify([row[table.text] for row in rows]))) if rows else []
+    found = np.exp(metrics.log_probabilities(classify([row[table.text] for row in rows]))) if rows else []
     for row, p in zip(rows, found):
         writer.writerow([*row, classes[p.argmax()], *(f"{value:.4f}" for value in p)])
 
 
 def evaluate(options):
-    import numpy as np
-
-    from .tools import metrics, texts
     classify, record, reading = open_classifier(options)
     path, classes, notes = options.file, record["classes"], []
     sentences, = texts.read_sentences([path], notes, **reading)
@@ -85,16 +81,14 @@ def evaluate(options):
 
 
 def export(options):
-    from .tools.export import HEAD, export
-    written = export(options.run, options.folder, options.to, options.weights)
+    written, head = exporter.export(options.run, options.folder, options.to, options.weights), exporter.HEAD
     print(f"wrote {', '.join(written)} to {options.folder}")
-    if HEAD in written:
-        print(f"the head is in {HEAD}, because {options.to} has no place for it: {Path(options.folder) / 'README.md'} "
+    if head in written:
+        print(f"the head is in {head}, because {options.to} has no place for it: {Path(options.folder) / 'README.md'} "
               "has the lines that use it")
 
 
 def explain(options):
-    from .lab.explain import explain as walk
     walk(options.technique, options.weights, options.seed)
 
 
@@ -133,7 +127,7 @@ def make_parser():
         "Walk through a technique on the real model, in seconds: what is swapped, why it starts as it does, which "
         "gradients exist at the first step, ten steps of training, and what a step needs."))
     explains.set_defaults(command=explain)
-    explains.add_argument("technique", nargs="?", choices=("lora", "adapter", "head", "full"),
+    explains.add_argument("technique", nargs="?", choices=list(WALKTHROUGHS),
                           help="what is explained; without it, what each teaches is listed")
     explains.add_argument("--seed", metavar="N", type=number(int, 0, 2**32 - 1), default=0,
                           help="of all random numbers (default: 0)")
