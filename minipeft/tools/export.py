@@ -21,10 +21,10 @@ HEAD = "head.safetensors"  # ours: a head that has no counterpart in the other l
 FORMAT = {"format": "pt"}  # the metadata that the other libraries ask of a safetensors file
 
 
-def names(encoder, kind):
-    """{Hugging Face's name: our name} of the modules of a class, or of several."""
-    ours = [name for name, module in encoder.named_modules() if isinstance(module, kind)]
-    return {hugging_face_name(name + ".weight").removesuffix(".weight"): name for name in ours}
+def find_modules(encoder, kind):
+    """{Hugging Face's name: module} of the modules of a class, or of several."""
+    return {hugging_face_name(name + ".weight").removesuffix(".weight"): module
+            for name, module in encoder.named_modules() if isinstance(module, kind)}
 
 
 def layer_tensors(layers):
@@ -43,12 +43,11 @@ def save_bert(encoder, folder, config=None, prefix="", more=None):
     more: further tensors, by their Hugging Face names. The dropout rates written are those in use, 0 after load_bert.
     Raises UserError if the files cannot be written, ValueError for an encoder that holds LoRA or adapters.
     """
-    if names(encoder, (LoRALinear, AdapterLinear)):
+    if find_modules(encoder, (LoRALinear, AdapterLinear)):
         raise ValueError("the encoder is not a plain BERT: call merge_lora or remove_adapters first")
     tensors = {prefix + hugging_face_name(name): tensor for name, tensor in encoder.state_dict().items()}
-    content = {"architectures": ["BertModel"], "model_type": "bert", "hidden_act": "gelu"}
-    content |= asdict(encoder.config) | (config or {})
-    write_text(Path(folder) / "config.json", json.dumps(content, indent=2) + "\n")
+    content = {"architectures": ["BertModel"], "model_type": "bert", "hidden_act": "gelu"} | asdict(encoder.config)
+    save_config(Path(folder) / "config.json", content | (config or {}))
     write_safetensors(Path(folder) / "model.safetensors", tensors | (more or {}), FORMAT)
 
 
@@ -65,10 +64,9 @@ def export_peft(model, settings, about, folder):
     if sequence:
         tensors = layer_tensors({"base_model.model.bert.pooler.dense": model.head.dense,
                                  "base_model.model.classifier": model.head.classifier})
-    layers = names(model.encoder, LoRALinear)
-    for theirs, ours in layers.items():
-        layer = model.encoder.get_submodule(ours)
-        tensors |= {f"{prefix}{theirs}.lora_A.weight": layer.lora_A, f"{prefix}{theirs}.lora_B.weight": layer.lora_B}
+    layers = find_modules(model.encoder, LoRALinear)
+    for name, layer in layers.items():
+        tensors |= {f"{prefix}{name}.lora_A.weight": layer.lora_A, f"{prefix}{name}.lora_B.weight": layer.lora_B}
     save_config(folder / CONFIG, {
         "peft_type": "LORA", "task_type": "SEQ_CLS" if sequence else "FEATURE_EXTRACTION", "inference_mode": True,
         "base_model_name_or_path": settings.weights or WEIGHTS_HUB, "target_modules": list(layers),
@@ -123,9 +121,9 @@ def export_adapters(model, settings, about, folder):
         raise UserError("--to adapters: the library holds adapters after both sub-layers of a block, and no trained "
                         "norms; train with train.py adapter --norms, and the default --targets")
     layers, config = {}, model.encoder.config
-    for theirs, ours in names(model.encoder, AdapterLinear).items():
-        base, adapter = theirs.removesuffix("dense") + "adapters.minipeft", model.encoder.get_submodule(ours).adapter
-        layers |= {f"{base}.adapter_down.0": adapter.down, f"{base}.adapter_up": adapter.up}
+    for name, layer in find_modules(model.encoder, AdapterLinear).items():
+        base = name.removesuffix("dense") + "adapters.minipeft"
+        layers |= {f"{base}.adapter_down.0": layer.adapter.down, f"{base}.adapter_up": layer.adapter.up}
     below = config.num_hidden_layers - (settings.top_layers or config.num_hidden_layers)
     save_config(folder / CONFIG, {  # without "version", "gelu" is read as the tanh approximation
         "name": "minipeft", "version": "adapters.1.3.0", "model_type": "bert", "model_class": "BertModel",

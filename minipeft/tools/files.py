@@ -1,9 +1,11 @@
 """The ground floor: the one exception for users' mistakes, atomic writes, hashes, JSON, safetensors, progress bars."""
 import hashlib
+import io
 import json
 import os
 import shutil
 import sys
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -79,28 +81,33 @@ def write_json(path, content):
     write_text(path, "{" + ",\n".join(lines) + "}\n")
 
 
+@contextmanager
+def readable(path):
+    """In this context, a file that cannot be read is a UserError."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged .gz
+        raise UserError(f"{path} could not be read ({getattr(error, 'strerror', None) or error})") from error
+
+
 def read_json(path, keys=()):
     """Read a JSON object and check that it has `keys`. UserError if the file is missing or damaged."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        with readable(path):
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
         if missing := [key for key in keys if key not in content]:
             raise ValueError(f"missing: {', '.join(missing)}")
         return content
-    except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror or error})") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): restore it, or delete it if minipeft wrote it") from error
 
 
 def sha256(path):
     """The SHA-256 of a file, in hexadecimal. UserError if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror or error})") from error
+    with readable(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # -- safetensors -----------------------------------------------------------------------------------------
@@ -108,10 +115,8 @@ def sha256(path):
 def read_safetensors(path):
     """Read all tensors of a file, and its metadata. UserError if the file is missing or damaged."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with readable(path), safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror or error})") from None
     except safetensors.SafetensorError as error:
         with open(path, "rb") as file:
             if file.read(23) == b"version https://git-lfs":
@@ -146,15 +151,12 @@ def check_tensors(path, tensors, expected):
 
 # -- progress --------------------------------------------------------------------------------------------
 
-class Lines:
+class Lines(io.TextIOBase):
     """A file for tqdm that prints each state as a line of its own."""
 
     def write(self, text):
-        if text := text.replace("\x1b[A", "").strip("\r\n "):  # without the codes that move the cursor
+        if text := text.replace("\x1b[A", "").strip():  # without the codes that move the cursor
             print(text, file=sys.stderr, flush=True)
-
-    def flush(self):
-        pass
 
 
 def progress_bar(**options):

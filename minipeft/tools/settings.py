@@ -20,9 +20,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, arguments=None, namespace=None):
         for argument in sys.argv[1:] if arguments is None else arguments:
-            try:
-                argument.encode()
-            except UnicodeEncodeError:  # a path in another encoding, which no JSON record can hold
+            if argument.encode(errors="replace").decode() != argument:  # a path that no JSON record can hold
                 self.error(f"{argument!a} is not UTF-8 text: rename the file or folder")
         return super().parse_known_args(arguments, namespace)
 
@@ -124,71 +122,70 @@ EXPORT = (
     "with --pooling cls: then they open the whole classifier. Any other head is a file beside the encoder.")
 
 
+READING = ("text_column", "label_column", "encoding", "separator")  # the options that say how a data file is read
+
+
+def add_reading(add, default=None):
+    """Add the options of READING. add: a parser's add_argument. default: named in the help instead of train.py's."""
+    add("--text-column", metavar="NAME", help=f"name of the column of texts (default: {default or 'text'})")
+    add("--label-column", metavar="NAME", help=f"name of the column of labels (default: {default or 'label'})")
+    add("--encoding", metavar="NAME", type=encoding, help=f"encoding of the file (default: {default or 'UTF-8'})")
+    add("--separator", metavar="CHAR", type=separator,
+        help=f"character between two columns, such as ';' or tab (default: {default or 'found out'})")
+
+
 def add_common(parser):
     """Add the options that every run of a comparison shares: data, training, machine."""
-    group = parser.add_argument_group("weights and data")
-    group.add_argument("--weights", metavar="FOLDER", help="a folder of BERT weights, or a name on the Hugging Face "
-                       "Hub (default: all-MiniLM-L6-v2, fetched once)")
-    group.add_argument("--data", metavar="PATH", help="labelled sentences: a CSV, TSV, JSON-lines or JSON file, also "
-                       "packed (.gz), or a folder with one subfolder a class (default: movie reviews, fetched once)")
-    group.add_argument("--test", metavar="PATH", help="labelled sentences to test on (default: a part of the data)")
-    group.add_argument("--text-column", metavar="NAME", help="name of the column of texts (default: text)")
-    group.add_argument("--label-column", metavar="NAME", help="name of the column of labels (default: label)")
-    group.add_argument("--encoding", metavar="NAME", type=encoding,
-                       help="encoding of the data (default: UTF-8 or UTF-16; lines that are neither: Windows-1252)")
-    group.add_argument("--separator", metavar="CHAR", type=separator,
-                       help="character between two columns, such as ';' or tab (default: found out)")
-    group.add_argument("--max-length", metavar="N", type=number(int, 3), default=128,
-                       help="tokens that a sentence is cut to (default: 128)")
-    group.add_argument("--limit", metavar="N", type=number(int, 2), help="train on N sentences, chosen by the seed")
+    add = parser.add_argument_group("weights and data").add_argument
+    add("--weights", metavar="FOLDER", help="a folder of BERT weights, or a name on the Hugging Face Hub (default: "
+        "all-MiniLM-L6-v2, fetched once)")
+    add("--data", metavar="PATH", help="labelled sentences: a CSV, TSV, JSON-lines or JSON file, also packed (.gz), or "
+        "a folder with one subfolder a class (default: movie reviews, fetched once)")
+    add("--test", metavar="PATH", help="labelled sentences to test on (default: a part of the data)")
+    add_reading(add)
+    add("--max-length", metavar="N", type=number(int, 3), default=128,
+        help="tokens that a sentence is cut to (default: 128)")
+    add("--limit", metavar="N", type=number(int, 2), help="train on N sentences, chosen by the seed")
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", metavar="N", type=count, default=3,
-                       help="passes over the training set (default: 3)")
-    group.add_argument("--batch-size", metavar="N", type=count, default=32, help="sentences a step (default: 32)")
-    group.add_argument("--warmup", metavar="X", type=share, default=0.1,
-                       help="share of the steps in which the learning rate rises (default: 0.1)")
-    group.add_argument("--schedule", choices=("linear", "constant"), default="linear",
-                       help="after warm-up the rate falls to 0, or stays (default: linear)")
-    group.add_argument("--weight-decay", metavar="X", type=number(float, 0), default=0.01,
-                       help="AdamW's, on matrices only (default: 0.01)")
-    group.add_argument("--clip", metavar="X", type=positive, default=1.0,
-                       help="largest norm of the gradient (default: 1)")
-    group.add_argument("--head-dropout", metavar="X", type=share, default=0.1,
-                       help="dropout in the head (default: 0.1)")
-    group.add_argument("--pooling", choices=("mean", "cls"), default="mean",
-                       help="input of the head: the mean of all tokens, or [CLS] (default: mean)")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", metavar="N", type=count, default=3, help="passes over the training set (default: 3)")
+    add("--batch-size", metavar="N", type=count, default=32, help="sentences a step (default: 32)")
+    add("--warmup", metavar="X", type=share, default=0.1,
+        help="share of the steps in which the learning rate rises (default: 0.1)")
+    add("--schedule", choices=("linear", "constant"), default="linear",
+        help="after warm-up the rate falls to 0, or stays (default: linear)")
+    add("--weight-decay", metavar="X", type=number(float, 0), default=0.01,
+        help="AdamW's, on matrices only (default: 0.01)")
+    add("--clip", metavar="X", type=positive, default=1.0, help="largest norm of the gradient (default: 1)")
+    add("--head-dropout", metavar="X", type=share, default=0.1, help="dropout in the head (default: 0.1)")
+    add("--pooling", choices=("mean", "cls"), default="mean",
+        help="input of the head: the mean of all tokens, or [CLS] (default: mean)")
 
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-                       help="where to train (default: auto)")
-    group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                       help="precision of matrix products. auto measures and takes the faster; fp32 on a CPU gives "
-                            "the same bits every time (default: auto)")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to train (default: auto)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="precision of matrix products. auto measures and takes the faster; fp32 on a CPU gives the same bits "
+        "every time (default: auto)")
 
 
 def add_run(parser, technique):
     """Add the options of a run of a technique."""
     group = parser.add_argument_group("run")
-    group.add_argument("--lr", metavar="X", type=positive, default=technique.lr,
-                       help=f"highest learning rate (default: {technique.lr:g})")
-    group.add_argument("--head-lr", metavar="X", type=positive, help="highest learning rate of the head (default: the "
-                       "same as --lr)")
-    group.add_argument("--fold", metavar="I", type=number(int, 0, 9),
-                       help="index of the part of the data to test on (default: 0)")
-    group.add_argument("--seed", metavar="N", type=number(int, 0, 2**32 - 1), default=0,
-                       help="random seed (default: 0)")
-    group.add_argument("--out", metavar="FOLDER",
-                       help="folder of the run (default: runs/TECHNIQUE-foldI, or -seedN with --test)")
-    group.add_argument("--save-every", metavar="STEPS", type=count, default=100,
-                       help="how often to save the state (default: 100)")
-    group.add_argument("--eval-every", metavar="EPOCHS", type=count, default=1,
-                       help="how often to measure dev; the last epoch always is (default: 1)")
+    add = group.add_argument
+    add("--lr", metavar="X", type=positive, default=technique.lr,
+        help=f"highest learning rate (default: {technique.lr:g})")
+    add("--head-lr", metavar="X", type=positive, help="highest learning rate of the head (default: the same as --lr)")
+    add("--fold", metavar="I", type=number(int, 0, 9), help="index of the part of the data to test on (default: 0)")
+    add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), default=0, help="random seed (default: 0)")
+    add("--out", metavar="FOLDER", help="folder of the run (default: runs/TECHNIQUE-foldI, or -seedN with --test)")
+    add("--save-every", metavar="STEPS", type=count, default=100, help="how often to save the state (default: 100)")
+    add("--eval-every", metavar="EPOCHS", type=count, default=1,
+        help="how often to measure dev; the last epoch always is (default: 1)")
     existing = group.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="resume an unfinished run; the other options are those "
                           "it began with")
     existing.add_argument("--overwrite", action="store_true", help="replace an existing run")
-    group.add_argument("--no-texts", action="store_true", help="print no text of the data, such as wrong predictions")
+    add("--no-texts", action="store_true", help="print no text of the data, such as wrong predictions")
     if technique.options:
         group = parser.add_argument_group(technique.label)
     for name, default in technique.options.items():

@@ -11,19 +11,18 @@ import io
 import json
 import os
 import re
-import zlib
-from array import array
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from ..data import Corpus, limit, load_tokenizer, split, tokenize
 from . import download
-from .files import UserError, sha256
+from .files import UserError, readable, sha256
+from .settings import READING
 
-SAMPLE = 100_000  # characters of a table that decide on its separator
 UNLABELLED = " (if the file has no labels: python -m minipeft predict RUN --csv FILE)"
 NO_CLASSES = ("unsup", "__MACOSX")  # subfolders: unlabelled texts in the IMDb archive, what macOS adds to archives
 
@@ -40,97 +39,76 @@ def listed(names, most=10):
 
 # -- text and rows ----------------------------------------------------------------------------------------
 
-codecs.register_error("cp1252", lambda error: (error.object[error.start:error.end].decode("cp1252"), error.end))
-
-
-def read_text(path, encoding, notes):
+def read_text(path, encoding):
     """Return the content of a text file, which may be packed with gzip. UserError, with the line, if it is not text.
 
-    Without `encoding`: UTF-16 if the file begins with its mark, else UTF-8, with Windows-1252 for bytes that are not
-    UTF-8, which a note reports.
+    Without `encoding`: UTF-16 if the file begins with its mark, else UTF-8.
     """
-    path = Path(path)
-    try:
+    with readable(path):
         content = path.read_bytes()
         if path.suffix.lower() == ".gz":
             content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:  # the last two from a damaged .gz
-        raise UserError(f"{path} could not be read ({getattr(error, 'strerror', None) or error})") from error
-    guess = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8"
-    line = 1
+    if encoding is None:
+        encoding = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8"
     try:
-        try:
-            text = content.decode(encoding or guess)
-        except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-            text = content.decode(encoding or guess, "strict" if encoding else "cp1252")
-            notes.append(f"{path}, line {line}: not UTF-8; such characters are read as Windows-1252 (--encoding names "
-                         "another)")
-        if "\0" in text:
-            line = text.count("\n", 0, text.index("\0")) + 1
-            raise ValueError("a NUL byte")
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise UserError(f"{path}, line {line}: not plain text ({error}); name the encoding with --encoding, or save "
-                        "the file as UTF-8") from None
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not {encoding} text ({error.reason}); save it as UTF-8, or name its "
+                        "encoding with --encoding, such as cp1252") from None
     return re.sub("^\ufeff", "", text, flags=re.MULTILINE)  # not only in line 1: files may have been joined
 
 
 def read_objects(path, text):
-    """Yield (line, object) from JSON lines, or (place, object) from a JSON array of objects."""
-    number, is_array = 1, text.lstrip().startswith("[")
+    """Return (number, object) of each object of a JSON array, or of each line of a file of JSON lines."""
+    number, rows = 1, []
     try:
-        for number, row in enumerate(json.loads(text, parse_constant=int) if is_array else text.split("\n"), 1):
-            if not is_array:
-                if not row.strip():
-                    continue
-                row = json.loads(row, parse_constant=int)  # int("NaN") is a ValueError
+        if text.lstrip().startswith("["):
+            rows = list(enumerate(json.loads(text, parse_constant=int), 1))
+        else:
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    rows.append((number, json.loads(line, parse_constant=int)))  # int("NaN") is a ValueError
+        for number, row in rows:
             if not isinstance(row, dict):
                 raise ValueError(f"{row!r:.80}")
-            yield number, row
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {number}: not a JSON object ({error})") from None
+    return rows
 
 
-def parse_rows(text, separator, quoting=csv.QUOTE_MINIMAL, strict=True):
-    """Return (line on which it begins, list of fields) of each row that is not blank. csv.Error, with the line."""
+def parse_rows(path, text, separator, quoting=csv.QUOTE_MINIMAL):
+    """Return (line on which it begins, list of fields) of each row that is not blank."""
     rows, begin = [], 1
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=strict)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
     try:
         for row in reader:
             if row:
                 rows.append((begin, row))
             begin = reader.line_num + 1
     except csv.Error as error:
-        raise csv.Error(f"line {begin}: {error}; check quotation marks") from None
+        raise UserError(f"{path}, line {begin}: {error}; check quotation marks") from None
     return rows
 
 
-def is_regular(text, separator):
-    """Return whether this separator gives all rows the same number of columns, two or more."""
-    rows = parse_rows(text, separator, csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL, strict=False)
-    widths = {len(row) for _, row in rows[:-1] or rows}  # the last row may be incomplete
-    return len(widths) == 1 and widths.pop() > 1
+def read_rows(path, text, separator, notes):
+    """Return the rows of a table as `parse_rows` does. The separator is the most frequent one of the first line.
 
-
-def read_rows(path, text, kind, separator, notes):
-    """Return (line on which it begins, list of fields) of each row of a CSV or TSV file."""
-    if excel := re.match(r"sep=(.)\r?\n", text, re.IGNORECASE):
-        separator, text = separator or excel[1], "\n" + text[excel.end():]  # a blank line: the line numbers stay
-    choice = {".tsv": "\t", ".tab": "\t", ".csv": ",;\t"}.get(kind, "\t,;")
-    separator = separator or next((mark for mark in choice if is_regular(text[:SAMPLE], mark)), choice[0])
+    Many TSV files do not quote: there, a quotation mark is part of the text.
+    """
+    first_line = text.lstrip("\r\n").partition("\n")[0]
+    separator = separator or max("\t,;", key=first_line.count)
     try:
-        rows = parse_rows(text, separator)
-        if separator != "\t" or not any("\t" in "".join(row) for _, row in rows):
+        rows = parse_rows(path, text, separator)
+        if separator != "\t" or not any("\t" in field for _, row in rows for field in row):
             return rows  # a tab inside: the quotation mark of one row was closed by that of another
-    except csv.Error as error:
+    except UserError:
         if separator != "\t":
-            raise UserError(f"{path}, {error}") from None
-    rows = parse_rows(text, separator, csv.QUOTE_NONE)
-    opened = sum(field.startswith('"') for _, row in rows for field in row)
+            raise
     notes.append(f"{path}: not every field that begins with a quotation mark ends with one, so quotation marks are "
-                 f"part of the text ({counted(opened, 'field')})")
-    return rows
+                 "part of the text")
+    return parse_rows(path, text, separator, csv.QUOTE_NONE)
 
 
 def list_folder(folder):
@@ -149,16 +127,12 @@ def list_folder(folder):
 
 def read_folder(folder, encoding, notes):
     """Return (place in the sorted listing, [name, text, class]) of each text of a folder."""
-    names, rows, changed = list_folder(folder), [], []
+    names, rows = list_folder(folder), []
     for number, name in enumerate(names, 1):
-        rows.append((number, [name, read_text(folder / name, encoding, changed).strip(), name.partition("/")[0]]))
-    files = {path for path in folder.rglob("*") if path.is_file()}
-    others = Counter(path.parent for path in files - {folder / name for name in names})
+        rows.append((number, [name, read_text(folder / name, encoding).strip(), name.partition("/")[0]]))
+    others = sum(path.is_file() for path in folder.rglob("*")) - len(names)
     if others:
-        places = [f"{counted(others[place], 'file')} in {place.relative_to(folder)}" for place in sorted(others)]
-        notes.append(f"left out of {folder}: {listed(places)} (the texts of a class are the .txt files in its folder)")
-    if changed:
-        notes.append(f"{changed[0]}; {counted(len(changed), 'such file')}")
+        notes.append(f"left out {counted(others, 'file')} of {folder} (texts are read from CLASS/NAME.txt)")
     return rows
 
 
@@ -187,54 +161,47 @@ def is_text(value):
 def open_table(path, notes, labelled=True, text_column=None, label_column=None, encoding=None, separator=None):
     """Return the Table of a CSV, TSV, JSON-lines or JSON file, or of a folder.
 
-    Column names ("text" and "label" by default) are found whatever their case. Of two columns one name is enough; if
-    there is none, there is no header, and the label is the column with fewer distinct values. Unless `labelled`, a
-    column of labels is not needed, but a header is. UserError if a column is missing or, with the line, a row does not
-    fit. Rows equal to the header, as in files that were joined, are left out.
+    Column names ("text" and "label" by default) are found whatever their case; of two columns one name is enough.
+    Unless `labelled`, a column of labels is not needed. Rows equal to the first, as in files that were joined, are left
+    out. UserError if a column is missing or, with the line, a row does not fit.
     """
-    path, header = Path(path), None
+    path = Path(path)
     if path.is_dir():
         return Table(["file", "text", "label"], 1, 2, read_folder(path, encoding, notes))
     if not path.is_file():
         raise UserError(f"{path} is not a file or folder; give a CSV, TSV or JSON file or a folder")
-    kind, content = Path(path.name.lower().removesuffix(".gz")).suffix, read_text(path, encoding, notes)
-    if kind in (".jsonl", ".ndjson", ".json"):
-        objects = list(read_objects(path, content))
+    content = read_text(path, encoding)
+    if Path(path.name.lower().removesuffix(".gz")).suffix in (".jsonl", ".ndjson", ".json"):
+        objects = read_objects(path, content)
         names = list(objects[0][1]) if objects else []
         rows = [(line, [row.get(name) for name in names]) for line, row in objects]
     else:
-        rows = read_rows(path, content, kind, separator, notes)
-        header = rows[0][1] if rows else []
+        (_, header), *others = read_rows(path, content, separator, notes) or [(1, [])]
         names = [name.strip() for name in header]
+        rows = [(line, row) for line, row in others if row != header]
+        if len(rows) < len(others):
+            repeated = counted(len(others) - len(rows), "row")
+            notes.append(f"left out {repeated} of {path} equal to the names of its columns")
 
     wanted = text_column or "text", label_column or "label"
     text, label = (find_column(names, name) for name in wanted)
-    if len(names) == 2 and not (text_column or label_column):
-        if text is None and label is None and header and labelled:
-            first, second = (len({row[column] for _, row in rows if len(row) == 2}) for column in (0, 1))
-            text, label = (1, 0) if first < second else (0, 1)
-            names[text], names[label], header = *wanted, None
-        elif text is None and label is not None:
-            text = 1 - label
-        elif label is None and text is not None:
-            label = 1 - text
-    way_out = f"the columns with --text-column and --label-column{UNLABELLED}" if labelled else "it with --text-column"
+    if len(names) == 2 and text is None and label is not None:
+        text = 1 - label
+    elif len(names) == 2 and label is None and text is not None:
+        label = 1 - text
     for name, column in zip(wanted, (text, label if labelled else 0)):
-        if column is None and names:
-            others = listed([repr(name) for name in names])
-            raise UserError(f"{path} has no column {name!r} but {others}; name {way_out}")
-
-    kept = [(line, row) for line, row in rows if row != header]
-    headers = len(rows) - len(kept)
-    if headers > 1:  # files that were joined
-        notes.append(f"left out {counted(headers - 1, 'row')} of {path} equal to the names of its columns")
-    for line, row in kept:
+        if column is None:
+            found = listed([repr(name) for name in names]) or "none"
+            way_out = f" and --label-column{UNLABELLED}" if labelled else ""
+            raise UserError(f"{path} has no column {name!r} (found: {found}): the first line must name the columns; "
+                            f"choose others with --text-column{way_out}")
+    for line, row in rows:
         if len(row) != len(names):
             raise UserError(f"{path}, line {line}: {len(row)} columns where the first line has {len(names)}; a text "
                             "that contains the separator needs quotation marks around it")
         if not is_text(row[text]):
             raise UserError(f"{path}, line {line}: {names[text]!r} is {row[text]!a:.80} and not a text")
-    return Table(names, text, label, kept)
+    return Table(names, text, label, rows)
 
 
 def read_file(path, notes=None, **reading):
@@ -259,7 +226,124 @@ def fingerprint(path):
     return hashlib.sha256(os.fsencode(listing)).hexdigest()
 
 
+# -- sentences --------------------------------------------------------------------------------------------
+
+@dataclass(slots=True)
+class Sentence:
+    """A labelled text, and where it was read. file: an index into the list of files."""
+    file: int
+    line: int
+    text: str
+    label: str
+
+
+def read_sentences(files, notes, **reading):
+    """Read the labelled sentences of some files: a list of Sentences for each file. Rows without text are left out.
+
+    Raises UserError for a file without sentences and for a text without a label. reading: options of `open_table`.
+    """
+    found = []
+    for number, path in enumerate(files):
+        rows = [Sentence(number, *row) for row in read_file(path, notes, **reading)]
+        sentences = [row for row in rows if row.text.strip()]
+        if not sentences:
+            raise UserError(f"{path} holds no sentences: a table needs rows of text and label, a folder a subfolder "
+                            "for each class with a .txt file for each sentence")
+        if len(sentences) < len(rows):
+            notes.append(f"skipped {counted(len(rows) - len(sentences), 'row')} without text in {path}")
+        for sentence in sentences:
+            if not sentence.label:
+                raise UserError(f"{path}, line {sentence.line}: a text without a label; label it or take it out"
+                                f"{UNLABELLED}")
+        found.append(sentences)
+    return found
+
+
+def check_labels(files, found):
+    """UserError unless the data, the last of the files, have two classes or more, each with two sentences, and the test
+    set has no other."""
+    path, counts = files[-1], Counter(sentence.label for sentence in found[-1])
+    if len(counts) == 1:
+        raise UserError(f"{path}: every label is {found[-1][0].label!r:.80}; two classes are needed")
+    for sentence in chain(*found):
+        number = counts[sentence.label]
+        if number < 2:
+            way_out = "; two are needed: add some or take it out" if number else UNLABELLED
+            raise UserError(f"{files[sentence.file]}, line {sentence.line}: {path} has {counted(number, 'sentence')} "
+                            f"labelled {sentence.label!r:.80}{way_out}")
+
+
+def spelling(text):
+    """Return what texts that differ in case and spacing only have in common."""
+    return " ".join(text.casefold().split())
+
+
+def find_usable(files, found, notes):
+    """Return the sentences of the data, the last of the files, that can be used.
+
+    Left out, with a note, are sentences of the test set whatever their case and spacing, texts with more than one
+    label, and exact repeats. UserError if none is left.
+    """
+    *test, data = found
+    path, tested = files[-1], {spelling(sentence.text) for sentence in chain(*test)}
+    untested = [sentence for sentence in data if spelling(sentence.text) not in tested]
+    if len(untested) < len(data):
+        notes.append(f"left out {counted(len(data) - len(untested), 'sentence')} of {path} found in {files[0]} too")
+
+    labels = {}  # of each text, with the line of the first sentence that has it
+    for sentence in untested:
+        labels.setdefault(sentence.text.strip(), {}).setdefault(sentence.label, sentence.line)
+    clear = [sentence for sentence in untested if len(labels[sentence.text.strip()]) == 1]
+    if len(clear) < len(untested):
+        one, other, *_ = next(lines for lines in labels.values() if len(lines) > 1).values()
+        notes.append(f"left out {len(untested) - len(clear):,} sentences of {path} whose text occurs with more than "
+                     f"one label, such as lines {one} and {other}")
+
+    first = {}  # the first sentence of each text
+    for sentence in clear:
+        first.setdefault(sentence.text.strip(), sentence)
+    if len(first) < len(clear):
+        notes.append(f"dropped {counted(len(clear) - len(first), 'repeated sentence')}")
+    if not first:
+        raise UserError(f"{path} holds no sentences that can be used: {'; '.join(notes)}")
+    return list(first.values())
+
+
 # -- the corpus -------------------------------------------------------------------------------------------
+
+def hash_text(text):
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def read_corpus(files, tokenizer, **reading):
+    """Read, check and tokenise the labelled sentences of one data set, or of a test set and a data set.
+
+    Each row of a test set (the first of two `files`) that has a text is kept, repeated ones included; of the data,
+    those of `find_usable`. Raises UserError if a file cannot be used. reading: options of `open_table`.
+    """
+    notes = []
+    found = read_sentences(files, notes, **reading)
+    check_labels(files, found)
+    names = {sentence.label for sentence in chain(*found)}
+    whole = all(re.fullmatch(r"-?\d+", name) for name in names)
+    classes = sorted(names, key=lambda name: (int(name) if whole else 0, name))
+    index_of = {name: index for index, name in enumerate(classes)}
+    used = [*chain(*found[:-1]), *find_usable(files, found, notes)]
+    ids, cut = tokenize(tokenizer, [sentence.text for sentence in used])
+    tokens = np.concatenate(ids)
+    if cut:
+        notes.append(f"cut {cut:,} of {counted(len(used), 'text')} to {tokenizer.truncation['max_length']} tokens "
+                     "(--max-length)")
+    unknown = np.count_nonzero(tokens == tokenizer.token_to_id("[UNK]")) / (len(tokens) - 2 * len(used))
+    if unknown:
+        notes.append(f"{unknown:.1%} of the tokens are [UNK], which the vocabulary of the weights lacks (if many: take "
+                     "--weights for this language)")
+    return Corpus(
+        list(files), reading, classes, tokens, starts=np.cumsum([0, *map(len, ids)]),
+        labels=np.array([index_of[sentence.label] for sentence in used]),
+        file=np.array([sentence.file for sentence in used]), line=np.array([sentence.line for sentence in used]),
+        hashes=np.array([hash_text(spelling(sentence.text)) for sentence in used], np.uint64), notes=notes)
+
 
 def read_texts(corpus, indices):
     """Read the texts of some sentences from their files again, in one pass."""
@@ -272,137 +356,16 @@ def read_texts(corpus, indices):
     return [found[place] for place in places]
 
 
-def hash_text(text):
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def spelling(name):
-    """Return what names that differ in case or number format only have in common: Pos and pos, 1 and 1.0."""
-    try:
-        return float(name)
-    except ValueError:
-        return name.casefold()
-
-
-def sort_classes(names, notes):
-    """Return the names of the classes sorted, whole numbers by value. A note warns of names that look alike."""
-    whole = all(re.fullmatch(r"-?\d+", name) for name in names)
-    classes = sorted(names, key=lambda name: (int(name) if whole else 0, name))
-    spellings = Counter(map(spelling, classes))
-    if alike := [name for name in classes if spellings[spelling(name)] > 1]:
-        notes.append(f"warning: some classes differ in case or number format only: {listed(alike)}")
-    return classes
-
-
-def check_labels(corpus):
-    """UserError unless the data have two classes or more, each with two sentences, and the test set has no other."""
-    path, labels = corpus.files[-1], corpus.labels
-    counts = np.bincount(labels[corpus.file == len(corpus.files) - 1], minlength=len(corpus.classes))
-    if np.count_nonzero(counts) == 1:
-        raise UserError(f"{path}: every label is {corpus.classes[counts.argmax()]!r:.80}; two classes are needed")
-    rarest = counts.argmin()
-    if counts[rarest] < 2:
-        last = np.flatnonzero(labels == rarest)[-1]  # in a test file, if the data lack this label
-        way_out = UNLABELLED if counts[rarest] == 0 else (
-            "; two are needed: add some or take it out (if it is the name of a column, use --text-column and "
-            "--label-column)")
-        raise UserError(f"{corpus.files[corpus.file[last]]}, line {corpus.line[last]}: {path} has "
-                        f"{counted(counts[rarest], 'sentence')} labelled {corpus.classes[rarest]!r:.80}{way_out}")
-
-
-def find_usable(corpus, exact):
-    """Return which sentences to keep, as a boolean mask, and add to corpus.notes what is left out and why.
-
-    exact: (n,) hashes of the texts without surrounding white space. Each row of a test file is kept.
-    """
-    kept, path = np.ones(len(corpus), bool), corpus.files[-1]
-    own = np.flatnonzero(corpus.file == len(corpus.files) - 1)
-    if len(corpus.files) > 1:
-        tested = np.isin(corpus.hashes[own], corpus.hashes[corpus.file == 0])
-        kept[own[tested]] = False
-        if tested.any():
-            corpus.notes.append(f"left out {counted(tested.sum(), 'sentence')} of {path} found in "
-                                f"{corpus.files[0]} too")
-        own = own[~tested]
-
-    _, first, same = np.unique(exact[own], return_index=True, return_inverse=True)
-    first = first[same]  # the first sentence with the same text, as an index into own
-    labels, lines = corpus.labels[own], corpus.line[own]
-    differs = np.flatnonzero(labels != labels[first])
-    conflicts = np.isin(first, first[differs])
-    if conflicts.any():
-        one, other = ((lines[index], corpus.classes[labels[index]]) for index in (first[differs[0]], differs[0]))
-        corpus.notes.append(f"left out {conflicts.sum():,} sentences of {path} whose text occurs with more than one "
-                            f"label, such as line {one[0]} ({one[1]!r:.80}) and line {other[0]} ({other[1]!r:.80})")
-    repeats = (first != np.arange(len(own))) & ~conflicts
-    if repeats.any():
-        corpus.notes.append(f"dropped {counted(repeats.sum(), 'repeated sentence')}")
-    kept[own[conflicts | repeats]] = False
-    return kept
-
-
-def read_corpus(files, tokenizer, **reading):
-    """Read, check and tokenise the labelled sentences of one data set, or of a test set and a data set.
-
-    Each row of a test set (the first of two `files`) that has a text is kept, repeated ones included. Left out of the
-    data, and counted in `notes`: rows without text (also in the test set), sentences that occur in the test set
-    whatever their case and spacing, texts with more than one label, exact repeats. Raises UserError if a file cannot
-    be used: no rows, one class, a row without a label, a label that occurs once. reading: options of `open_table`.
-    """
-    labels, lines, hashes, exact = (array(kind) for kind in "iqQQ")
-    texts, names, sizes, notes = [], {}, [], []
-    for path in files:
-        empty = 0
-        for line, text, label in read_file(path, notes, **reading):
-            if not text.strip():
-                empty += 1
-                continue
-            if not label:
-                raise UserError(f"{path}, line {line}: a text without a label; label it or take it out{UNLABELLED}")
-            texts.append(text)
-            labels.append(names.setdefault(label, len(names)))
-            lines.append(line)
-            hashes.append(hash_text(" ".join(text.casefold().split())))
-            exact.append(hash_text(text.strip()))
-        sizes.append(len(lines) - sum(sizes))
-        if not sizes[-1]:
-            raise UserError(f"{path} holds no sentences; a table needs rows of text and label, a folder one "
-                            "subfolder a class with one .txt file a sentence")
-        if empty:
-            notes.append(f"skipped {counted(empty, 'row')} without text in {path}")
-    sentences, cut = tokenize(tokenizer, texts)
-    tokens = np.concatenate(sentences)
-    if cut:
-        notes.append(f"cut {cut:,} of {counted(len(texts), 'text')} to {tokenizer.truncation['max_length']} tokens "
-                     "(--max-length)")
-    unknown = np.count_nonzero(tokens == tokenizer.token_to_id("[UNK]")) / (len(tokens) - 2 * len(texts))
-    if unknown > 0.1:
-        notes.append(f"warning: {unknown:.1%} of the tokens are [UNK], which the vocabulary of the weights lacks: take "
-                     "weights for this language, or multilingual ones, with --weights")
-    elif unknown:
-        notes.append(f"{unknown:.1%} of the tokens are [UNK], which the vocabulary of the weights lacks")
-
-    classes = sort_classes(names, notes)
-    rank = {name: number for number, name in enumerate(classes)}
-    corpus = Corpus(list(files), reading, classes, tokens=tokens,
-                    starts=np.concatenate([[0], np.cumsum([len(ids) for ids in sentences])]),
-                    labels=np.array([rank[name] for name in names])[labels],
-                    file=np.repeat(np.arange(len(files)), sizes),
-                    line=np.array(lines), hashes=np.array(hashes), notes=notes)
-    check_labels(corpus)
-    corpus.keep(find_usable(corpus, np.array(exact)))
-    return corpus
-
-
 def reading_options(settings):
     """The options of `open_table` that `settings` hold."""
-    return {name: getattr(settings, name) for name in ("text_column", "label_column", "encoding", "separator")}
+    return {name: getattr(settings, name) for name in READING}
 
 
 def check_files(settings):
-    """UserError if a file of the user's is missing or cannot be read."""
-    for path in filter(None, (settings.test, settings.data)):
-        open_table(path, [], **reading_options(settings))
+    """UserError if a file of the user's is missing or cannot be used."""
+    files = [path for path in (settings.test, settings.data) if path]
+    if files:
+        check_labels(files, read_sentences(files, [], **reading_options(settings)))
 
 
 def load_data(settings, weights, config):
