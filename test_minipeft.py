@@ -1215,14 +1215,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_state(
     assert "step 15" in checkpoint.read_record(Path(chosen.out) / "run.json")["failed"]
 
 
-@pytest.mark.parametrize("technique, option", [
-    ("full", "--head-dropout"), ("full", "--dropout"), ("lora", "--lora-dropout")])
-def test_evaluation_has_no_dropout_and_training_has(make_settings, tiny, technique, option):
-    model = build(make_settings(technique, "--head-dropout", 0, option, 0.5), 2, tiny)
-    random_updates(model)  # with B = 0 LoRA's dropout has no effect
-    for training in (True, False):
-        model.train(training)
-        assert torch.equal(model(random_ids()), model(random_ids())) != training
+@pytest.mark.parametrize("technique, option", [("full", "--dropout"), ("lora", "--lora-dropout")])
+def test_every_dropout_acts_in_training_and_none_in_evaluation(make_settings, tiny, technique, option):
+    model = random_updates(build(make_settings(technique, option, 0.5, "--head-dropout", 0.5), 2, tiny))
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p]
+    for block in model.encoder.layers:
+        block.attention.attention_dropout = 0.0  # that of the attention weights has a test of its own
+    for dropout in dropouts:
+        for other in dropouts:
+            other.p = 0.5 if other is dropout else 0.0
+        for training in (True, False):
+            model.train(training)
+            assert torch.equal(model(random_ids()), model(random_ids())) != training
+    assert len(dropouts) == {"full": 6, "lora": 13}[technique]
 
 
 def test_learning_rate_by_hand(make_settings):
