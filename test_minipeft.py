@@ -50,7 +50,7 @@ from minipeft.adapter import (
 from minipeft.bert import Bert, BertConfig, Block, hugging_face_name, load_bert, load_pooler, read_config
 from minipeft.head import Classifier, freeze, pool, train_biases
 from minipeft.lab import analysis, explain, figures, memory, plots, rates, report, runs, stats
-from minipeft.lab.plots import Memory, Point
+from minipeft.lab.plots import Point
 from minipeft.lab.studies import Contrast, SEARCHES, STUDIES, Variant
 from minipeft.lora import LoRALinear, add_lora, load_lora, lora_state, merge_lora, remove_lora
 from minipeft.model import Compute, build, describe, predict
@@ -2674,8 +2674,6 @@ def test_the_three_intervals_over_folds_by_hand():
     noisy = [10 * row for row in table[:1]] * 3  # folds vary less than their sentences: no run variance is left
     assert stats.compare(noisy, interval="split").high == pytest.approx(10 + 4.3027 * math.sqrt(100 / 9), abs=1e-3)
     assert stats.mean_std([3.0]) == (3, None) and stats.mean_std([1, 2, 3]) == (2, 1)
-    with pytest.raises(ValueError, match="two folds"):
-        stats.paired([1.0])
 
 
 def test_the_interval_over_folds_covers_at_its_level_where_folds_share_training_data():
@@ -2911,11 +2909,8 @@ def test_a_study_is_shown_where_its_variants_have_runs_and_only_a_partial_one_wi
     assert found.place.out.name == "head-rate" and len(found.outcomes) == 5  # the first folder that has them
 
 
-def test_tables_for_a_terminal_are_aligned_within_100_columns():
-    rows = [["", "verdict"], ["a short name", "worse"], ["a very long name " * 8, "equivalent within 1 point"]]
-    lines = report.aligned(rows)
-    assert max(map(len, lines)) <= 100 and {line.find("worse") for line in lines} - {-1} == {lines[0].find("verdict")}
-    assert " ".join(" ".join(lines[2:]).split()).startswith("a very long name")
+def test_tables_for_a_terminal_are_aligned():
+    assert report.aligned([["", "verdict"], ["a name", "worse"]]) == "        verdict\na name  worse"
 
 
 # -- lab/plots.py -----------------------------------------------------------------------------------------
@@ -2927,7 +2922,7 @@ HISTORY = [{"epoch": epoch, "train_loss": 0.5 / epoch, "dev_loss": 0.4, "train_a
            for epoch in (1, 2)]
 FOUND = stats.Comparison(0.5, -0.5, 1.5, -0.2, 1.2, 0.95, "inconclusive", 3)
 ROW = plots.Row("LoRA − full", FOUND, "inconclusive")
-MEMORY = {"full": Memory(91, 91, 182, 400, 780), "lora": Memory(91, 2, 4, 400)}
+MEMORY = {"full": {"weights": 91, "activations": 400}, "lora": {"weights": 91, "activations": 400}}
 PANEL = plots.Panel(POINTS, "learning rate", "accuracy (%)", ringed=dict.fromkeys(LINES, 2e-4))
 
 
@@ -2936,7 +2931,7 @@ PANEL = plots.Panel(POINTS, "learning rate", "accuracy (%)", ringed=dict.fromkey
     ("learning_curves", ({name: [HISTORY, HISTORY] for name in LINES}, "a note"), [*LABELS, "train", "dev", "a note"]),
     ("series", ([[PANEL, plots.Panel(POINTS, "layers", "accuracy", "alpha")]], "a note"),
      [*LABELS, "alpha", "layers", "accuracy", "a note"]),
-    ("memory", (MEMORY, "fp32"), ["LoRA", "full fine-tuning", "weights", "activations", "measured total", "fp32"]),
+    ("memory", (MEMORY, "fp32"), ["LoRA", "full fine-tuning", "weights", "activations", "fp32"]),
     ("forest", ({"rank": [ROW], "86": [ROW]}, "points", "a note"), ["rank", "86", "LoRA − full", "inconclusive"]),
     ("sensitivity", ({"LoRA": {"loss": [FOUND] * 2, "accuracy": []}}, {"plain": "#332288", "corrected": "#009e73"}, "n"),
      ["LoRA", "loss", "not run", "plain", "corrected"]),
@@ -3191,7 +3186,7 @@ def three_runs(finished, tmp_path):
 def test_the_accuracy_without_a_span_of_adapters_is_that_of_a_copy_with_those_adapters_at_zero(three_runs):
     found = analysis.compare_spans([analysis.layer_spans(three_runs / "adapter")])
     model, record, weights = open_run(three_runs / "adapter")
-    corpus, _, test = analysis.read_data(record, weights)
+    corpus, _, _, test = texts.load_data(checkpoint.settings_of(record), weights, read_config(weights))
     assert found["complete"] == pytest.approx(100 * record["metrics"]["test_accuracy"])
     (first, both), (none, _) = found["matrix"]
     assert none is None and len({found["complete"], first, both}) == 3
@@ -3231,20 +3226,6 @@ def test_the_spectrum_of_an_update_is_that_of_the_difference_of_the_weights(thre
         values = torch.linalg.eigvalsh(update.double().T @ update.double()).clamp(min=0).sqrt().flip(0)
         assert found[name]["rank"] == analysis.rank_of_energy(values ** 2)
         assert (values[8:] < 1e-6).all() == (technique == "lora")  # rank 8 of 32
-
-
-def test_rank_correlation_of_a_case_worked_by_hand():
-    # ranks 1, 2.5, 2.5, 4 and 2, 1, 3, 4: deviations -1.5, 0, 0, 1.5 and -0.5, -1.5, 0.5, 1.5
-    assert analysis.spearman(np.array([0, 5, 5, 9]), np.array([2, 1, 3, 40])) == pytest.approx(3 / math.sqrt(4.5 * 5))
-    assert analysis.spearman(np.array([1, 2, 3.0]), np.array([1, 10, 1000])) == pytest.approx(1)
-    assert analysis.spearman(np.array([1, 2, 3.0]), np.array([3, 2, 1])) == pytest.approx(-1)
-    assert analysis.cosines(np.array([[1.0, 0], [2, 0], [1, 1]])) == pytest.approx([1, 0.5**0.5, 0.5**0.5])
-
-
-def test_an_unchanged_encoder_forgets_nothing_and_a_trained_one_something(finished):
-    assert analysis.similarity_kept(finished("head"))["correlation"] == pytest.approx(1)
-    found = analysis.similarity_kept(finished("full", "--lr", 1e-3), count=10)
-    assert found["correlation"] < 0.999 and len(found["groups"]) == 3 and np.isfinite(found["groups"]).all()
 
 
 def activations_by_formula(technique, config, settings, sentences, tokens):
@@ -3295,7 +3276,7 @@ def test_a_cut_update_is_the_projection_on_its_largest_directions(three_runs, ti
                 update = (weight - layer.weight).double()
                 largest = torch.linalg.eigh(update.T @ update).eigenvectors.flip(1)[:, :rank]
                 weight.copy_(layer.weight + update @ largest @ largest.T)
-        corpus, _, test = analysis.read_data(record, weights)
+        corpus, _, _, test = texts.load_data(checkpoint.settings_of(record), weights, read_config(weights))
         assert found[rank] == 100 * (predict(model, corpus.sentences(test)).argmax(1) == corpus.labels[test]).mean()
     lora = 100 * read_json(three_runs / "lora/run.json")["metrics"]["test_accuracy"]
     section = analysis.analyse_cuts(three_runs)  # against the whole update, and beside LoRA trained at the same rank
@@ -3318,16 +3299,14 @@ def test_the_analysis_adds_sections_and_makes_figures_and_table_from_all_of_them
     for more in ([], ["--cut", three_runs], ["--tasks", three_runs / "lora", three_runs / "adapter"],
                  ["--runs", three_runs]):
         analysis.main([*out, *map(str, more)])
-    content = read_json(tmp_path / "analysis.json")
-    assert [row["claim"] for row in content["claims"]] == [
-        analysis.SECTIONS[name][0] for name in ("layers", "spectrum", "cut", "tasks", "forgetting", "memory")]
-    for row in content["claims"]:
-        assert set(row) == {"claim", "source", "measured", "verdict", "figure", "command"}
-        assert shlex.split(row["command"])[:7] == ["python", "-m", "minipeft.lab.analysis", *out]
-    drawn = {row["figure"] for row in content["claims"]} - {None}
+    content = read_json(tmp_path / "analysis.json") | {"unknown": {}}
     shutil.rmtree(tmp_path / "figures")
-    assert analysis.publish(tmp_path, content) == content["claims"]  # from the numbers alone
-    assert len(drawn) == 4 and all((tmp_path / figure).stat().st_size > 5000 for figure in drawn)
+    rows = analysis.publish(tmp_path, content)  # from the numbers alone
+    assert [row[0].split(" (")[0] for row in rows] == [
+        analysis.CLAIMS[name][0].split(" (")[0] for name in ("layers", "spectrum", "cut", "tasks", "memory")]
+    for _, how, _, _ in rows:
+        assert shlex.join(["python", "-m", "minipeft.lab.analysis", *out]) in how
+    assert len([path for path in (tmp_path / "figures").iterdir() if path.stat().st_size > 5000]) == 4
 
 
 # -- lab/explain.py ---------------------------------------------------------------------------------------

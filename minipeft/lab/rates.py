@@ -91,6 +91,30 @@ def bootstrap(scores, rounds=1000):
             for rule in RULES}
 
 
+@dataclass
+class Searched:
+    """What a search has found: the number of its runs, {rate: Scores} as means, {rule: the rate it chooses}, and how
+    often it chooses each rate if dev is drawn anew."""
+    runs: int
+    means: dict
+    picks: dict
+    shares: dict
+
+    def text(self, rule, rate):
+        """A rate with the share of the draws in which the rule chooses it, as "0.0005 (42%)"."""
+        return f"{rate:g} ({self.shares[rule].get(rate, 0):.0%})"
+
+
+def summarise(place, name):
+    """The Searched of a search; None if no rate was run on all of FOLDS."""
+    found = find(place, name)
+    scores = average(found)
+    if not scores:
+        return None
+    means = over_sentences(scores)
+    return Searched(sum(map(len, found.values())), means, choose(means), bootstrap(scores))
+
+
 # -- searching --------------------------------------------------------------------------------------------
 
 def still_to_run(found, start, factor=2, folds=FOLDS):

@@ -20,10 +20,10 @@ from ..tools.files import UserError, read_json, write_json
 from ..tools.metrics import confusion, matthews
 from ..tools.settings import command, common_defaults, defaults
 from . import stats
-from .studies import RULES, SEARCHES
+from .studies import QUICK, RULES, SEARCHES
 
 TRAIN = Path(__file__).parents[2] / "train.py"
-COMPARISON = "comparison.json"       # what --search has found, and whether the runs are a smoke test
+COMPARISON = "comparison.json"       # the rates that --search has found
 DIVERGED = 3                         # train.py's exit code if the loss does not stay finite
 PATHS = ("weights", "data", "test")  # compared by the hash of their content
 UNNAMED = ("technique", "lr", "fold", "seed", "text_column", "label_column", *PATHS)
@@ -66,21 +66,25 @@ def evaluate(record, part):
 @dataclass
 class Place:
     """A folder of runs, and what these share: settings, and the hashes of weights and data. rates: those that a search
-    on this data has found, {technique: rate}; quick: a smoke test. records: {key: record}; outcomes: a cache."""
+    on this data has found, {technique: rate}. records: {key: record}; outcomes: a cache."""
     out: Path
     common: dict
     weights_sha256: dict
     data_sha256: list
     rates: dict = field(default_factory=dict)
-    quick: bool = False
     records: dict = field(default_factory=dict)
     outcomes: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        path = self.out / COMPARISON
-        if path.is_file():
-            found = read_json(path, ["rates", "quick"])
-            self.rates, self.quick = found["rates"], found["quick"]
+        if (self.out / COMPARISON).is_file():
+            self.rates = read_json(self.out / COMPARISON, ["rates"])["rates"]
+        for path in sorted(self.out.glob("runs/*.json")):
+            self.add(path)
+
+    @property
+    def quick(self):
+        """These runs are a smoke test, too short to rank the techniques."""
+        return QUICK.items() <= self.common.items()
 
     def add(self, path):
         """Read a record. UserError if it is of other weights or data, or not of the device or precision asked for."""
@@ -133,10 +137,7 @@ def find_place(out, common):
             pass
     weights = download.find_weights(common["weights"])
     files = given or [download.fetch_data()]
-    place = Place(out, common, download.hash_weights(weights), [texts.fingerprint(path) for path in files])
-    for path in sorted(out.glob("runs/*.json")):
-        place.add(path)
-    return place
+    return Place(out, common, download.hash_weights(weights), [texts.fingerprint(path) for path in files])
 
 
 def read_place(out):
@@ -147,11 +148,10 @@ def read_place(out):
                         "python compare.py first")
     first = checkpoint.read_record(paths[0])
     place = Place(out, common_defaults(), first["weights_sha256"], first["data_sha256"])
-    for path in paths:
-        place.add(path)
-    records = place.records.values()
-    place.common |= {name: value for name, value in first["settings"].items() if name in PATHS or name in place.common
-                     and all(record["settings"].get(name) == value for record in records)}
+    for name, value in first["settings"].items():
+        shared = all(record["settings"].get(name) == value for record in place.records.values())
+        if name in PATHS or name in place.common and shared:
+            place.common[name] = value
     return place
 
 
