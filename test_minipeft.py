@@ -2580,7 +2580,7 @@ def test_records_are_found_by_their_settings_and_those_of_other_data_are_refused
     run = runs.make_run(fake_place, Variant("lora", "lora"), 0)
     fake_record(run, 1)
     run.path.rename(run.path.with_name("any-name.json"))
-    for place in (runs.read_place(fake_place.out), dataclasses.replace(fake_place, records={}, outcomes={})):
+    for place in (runs.read_place(fake_place.out), dataclasses.replace(fake_place, records={})):
         place.add(fake_place.out / "runs" / "any-name.json")
         assert runs.make_run(place, Variant("LoRA again", "lora", {"rank": 8}), 0).record["settings"]["rank"] == 8
         assert runs.make_run(place, Variant("lora", "lora", {"rank": 4}), 0).record is None
@@ -2637,7 +2637,7 @@ def test_a_search_reads_its_own_runs_and_a_bootstrap_of_dev_says_how_sure_its_ch
     assert list(scores) == [1e-3, 2e-3, 4e-3] and rates.over_sentences(scores)[4e-3].calibrated > 30  # a run has failed
     shares = rates.bootstrap(scores, 200)
     assert shares["calibrated"] == shares["highest"] == {2e-3: 1.0}
-    twins = {1: scores[1e-3], 2: dataclasses.replace(scores[1e-3], calibrated=scores[1e-3].calibrated[::-1])}
+    twins = {1: scores[1e-3], 2: scores[1e-3]._replace(calibrated=scores[1e-3].calibrated[::-1])}
     assert 0.3 < rates.bootstrap(twins, 200)["calibrated"][1] < 0.7  # the same values on other sentences
 
 
@@ -2903,7 +2903,7 @@ def test_a_study_is_shown_where_its_variants_have_runs_and_only_a_partial_one_wi
     assert list(runs.collect(fake_place, STUDIES["calibrated"])) == ["head", "adapter", "lora", "full"]
     assert runs.collect(fake_place, STUDIES["techniques"]) == {}  # adapters have another rate there
     (fake_place.out / "head-rate").mkdir()
-    other = dataclasses.replace(fake_place, out=fake_place.out / "head-rate", records={}, outcomes={})
+    other = dataclasses.replace(fake_place, out=fake_place.out / "head-rate", records={})
     fake_study(other, "calibrated", [0])
     found, = [one for one in report.find_results(report.read_places(fake_place.out)) if one.name == "calibrated"]
     assert found.place.out.name == "head-rate" and len(found.outcomes) == 5  # the first folder that has them
@@ -3101,7 +3101,7 @@ def test_a_report_trains_nothing_repeats_to_the_byte_and_prints_commands_that_ar
     monkeypatch.setattr(runs, "start", lambda *arguments: pytest.fail("a report must not train"))
     fake_study(fake_place, "rank", range(2))
     out = fake_place.out
-    searched = dataclasses.replace(fake_place, out=out / "fp32", records={}, outcomes={})
+    searched = dataclasses.replace(fake_place, out=out / "fp32", records={})
     for fold in range(3):
         for power in (-1, 0, 1):
             fake_record(runs.make_run(searched, Variant("head", "head", {"lr": 8e-3 * 2.0 ** power}), fold),
