@@ -30,6 +30,7 @@ from ..tools.fast import processor
 from ..tools.files import UserError, read_json, run_program, write_json
 from . import plots, stats
 from .memory import SENTENCES, TOKENS, make_model, memory
+from .studies import label
 
 
 # -- finding runs and their data --------------------------------------------------------------------------
@@ -102,10 +103,6 @@ def compare_spans(found, seeds=False):
     return {"complete": means[WHOLE], "matrix": matrix, "runs": len(found), "worst": worst, "differences": differences}
 
 
-def draw_layers(found, path):
-    return plots.heat_map(found["matrix"], found["complete"], path)
-
-
 # -- the spectrum of the update ---------------------------------------------------------------------------
 
 def rank_of_energy(energies, share=0.9):
@@ -157,7 +154,7 @@ def draw_ranks(found, path):
     for technique in ("full", "lora"):
         series = {kind: [plots.Point(block, rank) for block, rank in enumerate(ranks, 1)]
                   for kind, ranks in ranks_by_block(found[technique]).items()}
-        panels.append(plots.Panel(series, "block, from the bottom", "rank", plots.look(technique)[0], log=False))
+        panels.append(plots.Panel(series, "block, from the bottom", "rank", label(technique), log=False))
     return plots.series([panels], "how many singular values of an update W - W0 hold 90% of its squared norm; mean of "
                         f"{len(found['full'])} runs", path)
 
@@ -376,8 +373,8 @@ CLAIMS = {  # section: the claim that it tests, its source, numbers
                "Hu et al. 2021, section 4.2", memory_numbers),
     "latency": ("merged LoRA costs nothing in inference; adapters slow it, most in small batches",
                 "Hu et al. 2021, section 3 and table 1", latency_numbers)}
-FIGURES = {"layers": ("removed.png", draw_layers), "spectrum": ("spectrum.png", draw_ranks),
-           "cut": ("cut.png", draw_cut), "memory": ("memory.png", draw_memory)}
+FIGURES = {"layers": ("removed.png", lambda found, path: plots.heat_map(found["matrix"], found["complete"], path)),
+           "spectrum": ("spectrum.png", draw_ranks), "cut": ("cut.png", draw_cut), "memory": ("memory.png", draw_memory)}
 
 
 def publish(out, content):

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from ..tools.files import atomic
 from ..tools.settings import TECHNIQUES
 from .stats import Comparison
+from .studies import label
 
 # The colours of Okabe and Ito and of Tol, which colour-blind readers can tell apart.
 LOOKS = [("#009e73", "s"), ("#0072b2", "o"), ("#d55e00", "D"), ("#e69f00", "v"), ("#000000", "^"), ("#cc79a7", "P"),
@@ -64,8 +65,7 @@ def figure_in_style(rows=1, columns=1, size=(9, 5), **options):
 def look(name, names=()):
     """Return (label, colour, marker). Techniques take the first looks, the other `names` of a figure the next ones."""
     order = list(dict.fromkeys([*TECHNIQUES, *names, name]))  # each once
-    label = TECHNIQUES[name].label if name in TECHNIQUES else name
-    return label, *LOOKS[order.index(name) % len(LOOKS)]
+    return label(name), *LOOKS[order.index(name) % len(LOOKS)]
 
 
 def finish(figure, path, note=""):
@@ -95,9 +95,9 @@ def scale_of_lowest(panels):
 def draw_panel(axis, panel, highest):
     """Draw the series of a panel with their bands; a triangle at `highest` marks a point above it."""
     for name, points in panel.series.items():
-        label, colour, marker = look(name, panel.series)
+        words, colour, marker = look(name, panel.series)
         x, y, *band = np.array([astuple(point) for point in points], dtype=float).T
-        axis.plot(x, y, color=colour, marker=marker, label=label)
+        axis.plot(x, y, color=colour, marker=marker, label=words)
         axis.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
         for point in points:
             if point.y > highest:
@@ -139,20 +139,20 @@ def over_epochs(histories, name, scale):
 def curves(history, title, path):
     """One run: loss and accuracy after each epoch, train against dev. history: as in the record; title: below."""
     panels = []
-    for measure, scale, label in MEASURES:
+    for measure, scale, words in MEASURES:
         parts = {part: over_epochs([history], f"{part}_{measure}", scale) for part in ("train", "dev")}
-        panels.append([Panel(parts, "epoch", label, log=False)])
+        panels.append([Panel(parts, "epoch", words, log=False)])
     return series(panels, title, path)
 
 
 def learning_curves(histories, note, path):
     """Loss and accuracy after each epoch for several techniques. histories: {name: [history of a run, ...]}."""
     panels = []
-    for measure, scale, label in MEASURES:
+    for measure, scale, words in MEASURES:
         panels.append([])
         for part in ("train", "dev"):
             lines = {name: over_epochs(runs, f"{part}_{measure}", scale) for name, runs in histories.items()}
-            panels[-1].append(Panel(lines, "epoch", label, part if measure == "loss" else "", log=False))
+            panels[-1].append(Panel(lines, "epoch", words, part if measure == "loss" else "", log=False))
     return series(panels, note, path)
 
 
@@ -228,7 +228,7 @@ def sensitivity(panels, kinds, note, path):
 def memory(rows, note, path):
     """Memory of a training step by purpose, stacked. rows: {technique: {purpose: MB}}; note: stands below."""
     figure, [[axis]] = figure_in_style(size=(9, 1.9 + 0.5 * len(rows)))
-    labels, left = [look(name)[0] for name in rows], np.zeros(len(rows))
+    labels, left = list(map(label, rows)), np.zeros(len(rows))
     for part, colour in zip(next(iter(rows.values())), ("#4d4d4d", "#e69f00", "#56b4e9", "#c9c9c9")):
         values = np.array([row[part] for row in rows.values()])
         axis.barh(labels, values, 0.6, left, color=colour, label=part.replace("_", " "))

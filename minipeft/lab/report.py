@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
-from numpy import isnan, nan
-
 from ..tools.files import UserError, read_json, write_text
 from ..tools.settings import TECHNIQUES
 from . import analysis, plots, rates, stats
@@ -84,24 +82,24 @@ class Result:
 
 def measure(study, outcomes, contrast):
     """The Finding of a contrast, from pairs of finished runs of one machine."""
-    a, b = (outcomes.get(name, {}) for name in (contrast.a, contrast.b))
-    both = [(a[fold], b[fold]) for fold in a if fold in b and a[fold] and b[fold]]
-    pairs = [(one, other) for one, other in both if machine(one.record) == machine(other.record)]
-    found = Finding(contrast, {}, {}, left_out=len(a.keys() & b.keys()) - len(pairs))
-    if not pairs or len(pairs[0][0].accuracy) < 2:
+    folds = list(zip(*(outcomes.get(name, {}).values() for name in (contrast.a, contrast.b))))
+    pairs = [(a, b) for a, b in folds if a and b and machine(a.record) == machine(b.record)]
+    found = Finding(contrast, {}, {}, left_out=len(folds) - len(pairs))
+    sizes = [len(a.accuracy) for a, _ in pairs]
+    if not pairs or min(sizes) < 2:
         return found
     seeds, m = "test" in pairs[0][0].record["settings"], len(study.contrasts)
     over_folds = len(pairs) > 1 and study.part == "test" and not seeds
     for kind in stats.INTERVALS if over_folds else ["corrected"]:
         rule = {"part": study.part, "seeds": seeds, "interval": kind, "comparisons": m}
-        found.accuracy[kind] = stats.compare([one.accuracy - other.accuracy for one, other in pairs], **rule)
-        found.loss[kind] = stats.compare([one.loss - other.loss for one, other in pairs], margin=None,
-                                         lower_is_better=True, **rule)
-        if sum(len(one.accuracy) for one, _ in pairs) < ENOUGH:
-            for measured in (found.accuracy, found.loss):
-                measured[kind] = replace(measured[kind], verdict=f"{stats.NO_VERDICT} below {ENOUGH} test sentences")
+        accuracy = stats.compare([a.accuracy - b.accuracy for a, b in pairs], **rule)
+        loss = stats.compare([a.loss - b.loss for a, b in pairs], margin=None, lower_is_better=True, **rule)
+        if sum(sizes) < ENOUGH:
+            words = f"{stats.NO_VERDICT} below {ENOUGH} test sentences"
+            accuracy, loss = replace(accuracy, verdict=words), replace(loss, verdict=words)
+        found.accuracy[kind], found.loss[kind] = accuracy, loss
     if study.matthews and over_folds:
-        found.matthews = stats.paired([one.numbers["matthews"] - other.numbers["matthews"] for one, other in pairs],
+        found.matthews = stats.paired([a.numbers["matthews"] - b.numbers["matthews"] for a, b in pairs],
                                       comparisons=m, margin=None)
     return found
 
@@ -185,11 +183,11 @@ SHORT = {"lr": ("lr", "g"), "share": ("trained", ".2%"), "accuracy": ("accuracy 
 
 
 def mean_std(runs, number):
-    """(mean, standard deviation) of a number over runs; (nan, None) if unknown, None if all are equal."""
+    """(mean, standard deviation) of a number over runs; None for an unknown mean, and if all are equal."""
     values = [run.numbers[number] for run in runs if run.numbers[number] is not None]
     if len(set(values)) > 1:
         return stats.mean_std(values)
-    return values[0] if values else nan, None
+    return values[0] if values else None, None
 
 
 def number_rows(result, columns, groups=None):
@@ -197,12 +195,11 @@ def number_rows(result, columns, groups=None):
     groups = groups or {name: result.runs(name) for name in result.outcomes}
     rows = [["", "runs", *(heading.format(result.study.part) for heading, _ in columns.values())]]
     for name, runs in groups.items():
-        cells = []
+        row = [label(name), len(runs)]
         for number, (_, form) in columns.items():
             mean, std = mean_std(runs, number)
-            known = "–" if isnan(mean) else f"{mean:{form}}"
-            cells.append(f"{known} ± {std:{form}}" if std else known)
-        rows.append([label(name), len(runs), *cells])
+            row.append("–" if mean is None else f"{mean:{form}} ± {std:{form}}" if std else f"{mean:{form}}")
+        rows.append(row)
     return rows
 
 
@@ -213,9 +210,8 @@ def quality_rows(result):
         columns["head_lr"] = ("rate of the head", "g")
     if result.study.matthews:
         columns["matthews"] = ("{} Matthews correlation x 100", ".1f")
-    heading, *rows = number_rows(result, columns)
     failed = [len(folds) - len(result.runs(name)) for name, folds in result.outcomes.items()]
-    return [[*heading, "failed runs"], *([*row, number] for row, number in zip(rows, failed))]
+    return [[*row, last] for row, last in zip(number_rows(result, columns), ("failed runs", *failed))]
 
 
 def contrast_rows(findings):
@@ -408,8 +404,8 @@ def claim_rows(results, cells, out):
 def describe_method(results):
     """The method of these runs, in words."""
     place = results[0].place
-    record = next(run.record for runs in results[0].outcomes.values() for run in runs.values() if run)
-    sizes = "{train:,} training, {dev:,} dev, {test:,} test".format(**record["sentences"])
+    first = next(iter(place.records.values()))
+    sizes = "{train:,} training, {dev:,} dev, {test:,} test".format(**first["sentences"])
     split = ("The hash of a text puts it\n  into one of eleven parts. Part 10 is dev; fold i tests on part i, the "
              "other nine are for training.")
     if place.common["test"]:
