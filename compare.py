@@ -14,11 +14,10 @@ import signal
 import sys
 from pathlib import Path
 
-from minipeft.lab.studies import SEARCHES, STUDIES
+from minipeft.lab.studies import QUICK, RULES, SEARCHES, STUDIES
 from minipeft.tools import settings as options
 
 options.share_cores()  # before torch starts its threads
-QUICK = {"limit": 640, "epochs": 1}
 
 
 def parse(arguments):
@@ -50,13 +49,16 @@ def parse(arguments):
     if chosen.test and not chosen.data:
         parser.error("--test needs --data, with the same labels, to train on")
     chosen.folds = chosen.folds or (1 if chosen.quick or chosen.test else None if chosen.study else 3)
-    chosen.study = chosen.study or ["techniques"]
+    if not chosen.study:
+        chosen.study = [] if chosen.rates else ["techniques"]
     chosen.out = chosen.out or Path("results" if chosen.report else "runs/quick" if chosen.quick else "runs/comparison")
 
-    planned = [SEARCHES[name] for name in chosen.rates or ()]
-    planned = planned or [variant for name in chosen.study for variant in STUDIES[name].variants]
-    default, taken = options.common_defaults(), set().union(*(plan.options for plan in planned), QUICK if chosen.quick
-                                                            else ())
+    taken = set(QUICK if chosen.quick else ())
+    for name in chosen.rates or ():
+        taken |= SEARCHES[name].options.keys()
+    for name in chosen.study:
+        taken = taken.union(*(variant.options for variant in STUDIES[name].variants))
+    default = options.common_defaults()
     chosen.common = {name: getattr(chosen, name) for name in default}
     for name, value in chosen.common.items():
         if value != default[name] and (chosen.report or name in taken):
@@ -80,18 +82,19 @@ from minipeft.tools.files import run_program, write_json
 def train(chosen):
     """Train what the command line asks for and is missing."""
     place = find_place(chosen.out, chosen.common)
-    studies = [STUDIES[name] for name in chosen.study]
     for name in chosen.rates or ():
         rates.search_rate(place, name, SEARCHES[name], chosen.jobs)
+        found = rates.summarise(place, name)
+        for rule, rate in found.picks.items():
+            print(f"{name}, {RULES[rule]}: {found.text(rule, rate)}")
     if chosen.rates:
         return
+    studies = [STUDIES[name] for name in chosen.study]
     if chosen.search:
-        for variant in studies[0].variants:
-            name = variant.technique
+        for name in [variant.technique for variant in studies[0].variants]:
             search = replace(SEARCHES[name], start=options.TECHNIQUES[name].lr, factor=4)
             place.rates[name] = rates.search_rate(place, name, search, chosen.jobs, folds=[0])
-    if chosen.quick or chosen.search:
-        write_json(chosen.out / COMPARISON, {"rates": place.rates, "quick": chosen.quick})
+        write_json(chosen.out / COMPARISON, {"rates": place.rates})
     runs = [make_run(place, variant, fold, study.rule) for study in studies for variant in study.variants
             for fold in range(chosen.folds or study.folds)]
     train_missing(sorted(runs, key=lambda run: run.settings.seed), chosen.jobs)  # fold by fold, to have pairs
@@ -104,11 +107,8 @@ def main(chosen):
         if not chosen.report:
             train(chosen)
         results = report.report(chosen.out)
-        if chosen.rates:
-            print(f"\n{(chosen.out / 'studies' / 'learning-rates.md').read_text(encoding='utf-8')}")
-        else:
-            for result in results[:1] if chosen.report else [one for one in results if one.name in chosen.study]:
-                print("", *report.in_terminal(result), sep="\n")
+        for result in results[:1] if chosen.report else [one for one in results if one.name in chosen.study]:
+            print(f"\n{report.in_terminal(result)}")
         print(f"\nwritten: {chosen.out / 'README.md'}")
         return 0
     except KeyboardInterrupt:

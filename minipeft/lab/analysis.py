@@ -1,18 +1,19 @@
-"""Analyse finished runs without training: layers, spectra, cut updates, forgetting, many tasks, memory, inference.
+"""Analyse finished runs without training: layers, spectra, cut updates, many tasks, memory, inference.
 
     python -m minipeft.lab.analysis                          memory of a training step
-    python -m minipeft.lab.analysis --runs results/folders   layers, spectra, forgetting
+    python -m minipeft.lab.analysis --runs results/folders   layers, spectra
     python -m minipeft.lab.analysis --cut results/folders    cut the updates of full fine-tuning to low ranks
     python -m minipeft.lab.analysis --tasks RUN RUN ...      several techniques in turn on one encoder
     python -m minipeft.lab.analysis --latency                inference, on a quiet machine
 
-Each command writes its sections of OUT/analysis.json, as numbers, and makes figures and table from all sections there.
+Each command writes its sections of OUT/analysis.json, as numbers, and draws figures from all sections there.
 """
 import copy
 import math
 import shlex
 import sys
 import timeit
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import nn
 
 from ..adapter import AdapterLinear, remove_adapters
 from ..bert import load_bert, read_config
-from ..head import Classifier, freeze, pool
+from ..head import Classifier, freeze
 from ..lora import merge_lora, remove_lora
 from ..model import APPLY, Compute, predict
 from ..tools import checkpoint, download, settings as options, texts
@@ -29,22 +30,19 @@ from ..tools.fast import processor
 from ..tools.files import UserError, read_json, run_program, write_json
 from . import plots, stats
 from .memory import SENTENCES, TOKENS, make_model, memory
+from .studies import label
 
 
 # -- finding runs and their data --------------------------------------------------------------------------
 
-def read_data(record, weights):
-    """Read the data of a run again: (corpus, dev indices, test indices). UserError if the files have changed."""
-    corpus, _, dev, test = texts.load_data(checkpoint.settings_of(record), weights, read_config(weights))
+def scorer(record, weights):
+    """Read the data of a run again. Returns a function that gives 100 for each test sentence that a model classifies
+    correctly, else 0; on the CPU, in the precision of the run. UserError if the data have changed."""
+    corpus, _, _, test = texts.load_data(checkpoint.settings_of(record), weights, read_config(weights))
     if [texts.fingerprint(path) for path in corpus.files] != record["data_sha256"]:
         raise UserError(f"{corpus.files[-1]}: the data have changed since the run; restore them or train again")
-    return corpus, dev, test
-
-
-def score(model, record, corpus, indices):
-    """100 for each sentence that the model classifies correctly, else 0; on the CPU, in the precision of the run."""
-    compute = Compute(precision=record["machine"]["precision"])
-    return 100.0 * (predict(model, corpus.sentences(indices), compute).argmax(1) == corpus.labels[indices])
+    compute, sentences = Compute(precision=record["machine"]["precision"]), corpus.sentences(test)
+    return lambda model: 100.0 * (predict(model, sentences, compute).argmax(1) == corpus.labels[test])
 
 
 def find_runs(folder, free=("fold", "seed")):
@@ -75,17 +73,16 @@ def layer_spans(folder, weights=None):
     """Classify the test sentences of an adapter run without the adapters of layers first..last (Houlsby et al. 2019,
     figure 6, left). Norms keep their trained values.
 
-    Returns {(first, last): (sentences,)}, each as of `score`; WHOLE: with all adapters.
+    Returns {(first, last): (sentences,)}, each as of `scorer`; WHOLE: with all adapters.
     """
     model, record, weights = checkpoint.open_run(folder, weights)
-    corpus, _, test = read_data(record, weights)
-    layers, correct = len(model.encoder.layers), {}
+    score, layers, correct = scorer(record, weights), len(model.encoder.layers), {}
     for first, last in [WHOLE, *((first, last) for last in range(layers) for first in range(last + 1))]:
         bare = copy.deepcopy(model)
         for module in bare.encoder.layers[first:last + 1].modules():
             if isinstance(module, AdapterLinear):
                 module.adapter = nn.Identity()
-        correct[first, last] = score(bare, record, corpus, test)
+        correct[first, last] = score(bare)
     return correct
 
 
@@ -100,7 +97,7 @@ def compare_spans(found, seeds=False):
     worst, half = min(range(layers), key=lambda layer: means[layer, layer]), layers // 2
     pairs = {"worst single layer": ((worst, worst), WHOLE), "all layers": ((0, layers - 1), WHOLE),
              "lower half instead of upper half": ((0, half - 1), (half, layers - 1))}
-    differences = {name: vars(stats.compare([run[a] - run[b] for run in found], seeds=seeds, comparisons=layers + 2))
+    differences = {name: asdict(stats.compare([run[a] - run[b] for run in found], seeds=seeds, comparisons=layers + 2))
                    for name, (a, b) in pairs.items()}
     matrix = [[means.get((first, last)) for last in range(layers)] for first in range(layers)]
     return {"complete": means[WHOLE], "matrix": matrix, "runs": len(found), "worst": worst, "differences": differences}
@@ -157,7 +154,7 @@ def draw_ranks(found, path):
     for technique in ("full", "lora"):
         series = {kind: [plots.Point(block, rank) for block, rank in enumerate(ranks, 1)]
                   for kind, ranks in ranks_by_block(found[technique]).items()}
-        panels.append(plots.Panel(series, "block, from the bottom", "rank", plots.look(technique)[0], log=False))
+        panels.append(plots.Panel(series, "block, from the bottom", "rank", label(technique), log=False))
     return plots.series([panels], "how many singular values of an update W - W0 hold 90% of its squared norm; mean of "
                         f"{len(found['full'])} runs", path)
 
@@ -174,14 +171,14 @@ def cut_updates(folder, weights=None):
     Embeddings, biases, norms and head stay as trained, also at rank 0.
     """
     model, record, weights = checkpoint.open_run(folder, weights)
-    corpus, _, test = read_data(record, weights)
+    score = scorer(record, weights)
     parts = [(layer, before, torch.linalg.svd(after - before, full_matrices=False))
              for _, before, after, layer in trained_matrices(model.encoder, weights)]
     whole, accuracies = model.encoder.config.hidden_size, {}
     for rank in [0, *(2 ** power for power in range((whole - 1).bit_length())), whole]:
         for layer, before, (u, s, v) in parts:
             layer.weight.copy_(before + (u[:, :rank] * s[:rank]) @ v[:rank])
-        accuracies[rank] = score(model, record, corpus, test).mean()
+        accuracies[rank] = score(model).mean()
     return accuracies
 
 
@@ -273,39 +270,6 @@ def share_encoder(folders, weights=None, rounds=11):
     return {"encoder_mb": sum(tensor.nbytes for tensor in before.values()) / 1e6, "rounds": rounds, "runs": rows}
 
 
-# -- forgetting -------------------------------------------------------------------------------------------
-
-def spearman(a, b):
-    """Spearman's rank correlation: Pearson's of the ranks; equal values share their mean rank."""
-    def ranks(values):
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (counts.cumsum() - (counts - 1) / 2)[inverse]
-
-    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
-
-
-def cosines(vectors):
-    """Cosine similarity of each pair of rows, the upper triangle: (n, width) -> (n (n - 1) / 2,)"""
-    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return (vectors @ vectors.T)[np.triu_indices(len(vectors), 1)]
-
-
-def similarity_kept(folder, weights=None, count=500, groups=10):
-    """Measure how well training preserves the sentence similarities of the pretrained encoder.
-
-    Returns Spearman's correlation of the pairwise cosines of mean-pooled vectors of `count` dev sentences, before and
-    after, and the same in each of `groups` disjoint parts of them (of three or more sentences).
-    """
-    model, record, weights = checkpoint.open_run(folder, weights)
-    corpus, dev, _ = read_data(record, weights)
-    sentences = corpus.sentences(np.random.default_rng(0).permutation(dev)[:count])
-    before, after = (predict(lambda ids, mask: pool(encoder(ids, mask), mask), sentences)
-                     for encoder in (load_bert(weights), model.encoder))
-    parts = np.array_split(np.arange(len(sentences)), min(groups, len(sentences) // 3))
-    return {"correlation": spearman(cosines(before), cosines(after)), "sentences": len(sentences),
-            "groups": [spearman(cosines(before[part]), cosines(after[part])) for part in parts]}
-
-
 # -- memory and inference ---------------------------------------------------------------------------------
 
 MEMORY = ("weights", "gradients", "optimiser_states", "activations")
@@ -313,7 +277,7 @@ MEMORY = ("weights", "gradients", "optimiser_states", "activations")
 
 def draw_memory(found, path):
     """Memory of a training step by purpose, for each technique."""
-    bars = {name: plots.Memory(*(numbers[part] / 1e6 for part in MEMORY)) for name, numbers in found.items()
+    bars = {name: {part: numbers[part] / 1e6 for part in MEMORY} for name, numbers in found.items()
             if name in options.TECHNIQUES}
     return plots.memory(bars, f"{SENTENCES} sentences of {TOKENS} tokens, fp32; tensors counted in a step: the peak of "
                         "a process is higher", path)
@@ -341,17 +305,12 @@ def latency(weights, size, rounds=20, calls=20, tokens=TOKENS):
 
 # -- the table: for each section its numbers, as (name, value, verdict or None) ----------------------------
 
-def interval(row, unit=" points", digits=1):
-    """A paired difference with its interval, from a stats.Comparison as a dict."""
-    mean, low, high = (f"{row[key]:+.{digits}f}" for key in ("mean", "low", "high"))
-    return f"{mean}{unit} [{low}, {high}] at {100 * row['level']:.4g}%"
-
-
 def layers_numbers(found):
     yield "runs", found["runs"], None
     yield "with all adapters", f"{found['complete']:.1f}%", None
     for name, row in found["differences"].items():
-        yield f"removed: {name}", interval(row), row["verdict"]
+        mean, low, high = (f"{row[end]:+.1f}" for end in ("mean", "low", "high"))
+        yield f"removed: {name}", f"{mean} points [{low}, {high}] at {100 * row['level']:.4g}%", row["verdict"]
 
 
 def spectrum_numbers(found):
@@ -369,7 +328,7 @@ def cut_numbers(found):
     yield "whole update", f"{found['whole']:.1f}%", None
     for technique, rank, row in cut_intervals(found):
         series = "cut to" if technique == "full" else "LoRA at"
-        yield f"{series} rank {rank}", f"{interval(vars(row))}, runs: {row.runs}", None
+        yield f"{series} rank {rank}", f"{row.text_with_level(1, ' points')}, runs: {row.runs}", None
 
 
 def tasks_numbers(found):
@@ -379,17 +338,6 @@ def tasks_numbers(found):
     yield f"{len(found['runs'])} whole models", f"{whole:.1f} MB", None
     for run in found["runs"]:
         yield f"switch to {run['name']}", f"{run['switch_ms']:.1f} ms (median of {found['rounds']})", None
-
-
-def forgetting_numbers(found):
-    pairs = [np.subtract(lora["groups"], full["groups"]) for lora, full in zip(found["lora"], found["full"])]
-    yield "runs of each", len(pairs), None
-    yield "dev sentences", found["full"][0]["sentences"], None
-    for name in filter(found.get, options.TECHNIQUES):
-        mean = np.mean([run["correlation"] for run in found[name]])
-        yield f"rank correlation of similarities before and after, {name}", f"{mean:.3f}", None
-    row = vars(stats.compare(pairs, "dev", found["seeds"], margin=None))
-    yield "LoRA - full", interval(row, "", 3), row["verdict"]
 
 
 def memory_numbers(found):
@@ -406,64 +354,62 @@ def latency_numbers(found):
         base = np.array(times["base"])
         yield f"batch {size}, base", f"{np.median(base):.1f} ms", None
         for name in list(VARIANTS)[1:]:
-            row = vars(stats.paired(100 * (np.array(times[name]) / base - 1), overlap=0, margin=None,
-                                    comparisons=len(found["times"]) * (len(VARIANTS) - 1), lower_is_better=True))
-            yield f"batch {size}, {name}", interval(row, "%"), row["verdict"]
+            row = stats.paired(100 * (np.array(times[name]) / base - 1), overlap=0, margin=None,
+                               comparisons=len(found["times"]) * (len(VARIANTS) - 1), lower_is_better=True)
+            yield f"batch {size}, {name}", row.text_with_level(1, "%"), row.verdict
 
 
-SECTIONS = {  # name: claim, source, numbers, figure, how it is drawn
+CLAIMS = {  # section: the claim that it tests, its source, numbers
     "layers": ("adapters: no single layer matters much, all together do, lower layers less than upper ones",
-               "Houlsby et al. 2019, section 3.6, figure 6 (left, centre)", layers_numbers, "removed.png",
-               lambda found, path: plots.heat_map(found["matrix"], found["complete"], path)),
+               "Houlsby et al. 2019, section 3.6, figure 6 (left, centre)", layers_numbers),
     "spectrum": ("the update of full fine-tuning is low-rank; LoRA has intruder dimensions, full has none",
                  "Hu et al. 2021, section 4.1 (hypothesis); Biderman et al. 2024, arXiv 2405.09673 (the opposite); "
-                 "Shuttleworth et al. 2024, arXiv 2410.21228 (intruders)", spectrum_numbers, "spectrum.png",
-                 draw_ranks),
+                 "Shuttleworth et al. 2024, arXiv 2410.21228 (intruders)", spectrum_numbers),
     "cut": ("an update of low rank suffices: full fine-tuning with its updates cut to a rank, after training",
-            "Hu et al. 2021, section 4.1 (hypothesis)", cut_numbers, "cut.png", draw_cut),
+            "Hu et al. 2021, section 4.1 (hypothesis)", cut_numbers),
     "tasks": ("one encoder serves many tasks; a switch replaces only what was trained",
-              "Houlsby et al. 2019, section 1; Hu et al. 2021, section 4.2", tasks_numbers, None, None),
-    "forgetting": ("LoRA forgets less than full fine-tuning (here: stays closer to the untouched encoder)",
-                   "Biderman et al. 2024, arXiv 2405.09673", forgetting_numbers, None, None),
+              "Houlsby et al. 2019, section 1; Hu et al. 2021, section 4.2", tasks_numbers),
     "memory": ("LoRA needs up to two thirds less memory than full fine-tuning with Adam, and is 25% faster",
-               "Hu et al. 2021, section 4.2", memory_numbers, "memory.png", draw_memory),
+               "Hu et al. 2021, section 4.2", memory_numbers),
     "latency": ("merged LoRA costs nothing in inference; adapters slow it, most in small batches",
-                "Hu et al. 2021, section 3 and table 1", latency_numbers, None, None)}
+                "Hu et al. 2021, section 3 and table 1", latency_numbers)}
+FIGURES = {"layers": ("removed.png", lambda found, path: plots.heat_map(found["matrix"], found["complete"], path)),
+           "spectrum": ("spectrum.png", draw_ranks), "cut": ("cut.png", draw_cut), "memory": ("memory.png", draw_memory)}
 
 
 def publish(out, content):
-    """Draw the figures into OUT/figures and return the rows of the table. content: the sections of analysis.json"""
+    """Draw the figures into OUT/figures. Returns the rows of the table of claims: (claim, how measured, numbers,
+    verdicts). content: the sections of analysis.json; any others are ignored."""
     rows = []
-    for section, (claim, source, numbers, figure, draw) in SECTIONS.items():
-        if section in content:
-            found = content[section]
-            if figure:
-                draw(found, Path(out) / "figures" / figure)
-            numbers = list(numbers(found))
-            verdicts = [f"{name}: {verdict}" for name, _, verdict in numbers if verdict]
-            rows.append({"claim": claim, "source": source, "command": found["command"],
-                         "measured": "; ".join(f"{name}: {value}" for name, value, _ in numbers),
-                         "verdict": "; ".join(verdicts) or "none: measured only",
-                         "figure": figure and f"figures/{figure}"})
+    for section, (claim, source, numbers) in CLAIMS.items():
+        if section not in content:
+            continue
+        found, link = content[section], ""
+        if section in FIGURES:
+            name, draw = FIGURES[section]
+            draw(found, Path(out) / "figures" / name)
+            link = f"[figure](figures/{name}), "
+        numbers = list(numbers(found))
+        verdicts = [f"{name}: {verdict}" for name, _, verdict in numbers if verdict]
+        rows.append([f"{claim} ({source})", f"{link}`{found['command']}`",
+                     "; ".join(f"{name}: {value}" for name, value, _ in numbers),
+                     "; ".join(verdicts) or "none: measured only"])
     return rows
 
 
 # -- measuring --------------------------------------------------------------------------------------------
 
 def analyse_runs(folder, weights):
-    """The sections "layers", "spectrum" and "forgetting", as far as there are runs for them."""
+    """The sections "layers" and "spectrum", as far as there are runs for them."""
     found, sections = find_runs(folder), {}
-    seeds = any(fold is None for each in found.values() for fold, _ in each)  # a test file, not folds
-    if "adapter" in found:
-        spans = [layer_spans(path, weights) for path in found["adapter"].values()]
-        sections["layers"] = compare_spans(spans, seeds)
-    both = [repeat for repeat in found.get("full", {}) if repeat in found.get("lora", {})]
+    adapter, full, lora = (found.get(technique, {}) for technique in ("adapter", "full", "lora"))
+    if adapter:
+        seeds = any(fold is None for fold, _ in adapter)  # a test file, not folds
+        sections["layers"] = compare_spans([layer_spans(run, weights) for run in adapter.values()], seeds)
+    both = [repeat for repeat in full if repeat in lora]
     if both:
         sections["spectrum"] = {name: [update_spectrum(found[name][repeat], weights) for repeat in both]
                                 for name in ("full", "lora")}
-        sections["forgetting"] = {"seeds": seeds}
-        for name, each in found.items():
-            sections["forgetting"][name] = [similarity_kept(each[repeat], weights) for repeat in both if repeat in each]
     return sections
 
 
@@ -484,25 +430,25 @@ def measure(given):
 
 
 def main(arguments=None):
-    """Write OUT/analysis.json: the sections and "claims", the rows of the table."""
+    """Write OUT/analysis.json and OUT/figures, and print the table of claims."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = options.Parser(prog="python -m minipeft.lab.analysis", description=(
         "Measure memory, or what finished runs have learnt; draw figures. Trains nothing."))
     parser.add_argument("--out", default="results", help="folder for analysis.json and figures (default: results)")
     parser.add_argument("--weights", metavar="FOLDER", help="the base weights of the runs")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--runs", metavar="FOLDER", help="measure layers, spectra and forgetting of the runs in a folder")
+    what.add_argument("--runs", metavar="FOLDER", help="measure layers and spectra of the runs in a folder")
     what.add_argument("--cut", metavar="FOLDER", help="cut the updates of its full fine-tuning runs to low ranks")
     what.add_argument("--tasks", metavar="RUN", nargs="+", help="load runs in turn into one encoder")
     what.add_argument("--latency", action="store_true", help="measure inference; needs a quiet machine")
     given = parser.parse_args(arguments)
     path, command = Path(given.out) / "analysis.json", shlex.join(["python", "-m", "minipeft.lab.analysis", *arguments])
-    sections = {name: found | {"command": command} for name, found in measure(given).items()}
-    content = (read_json(path) if path.is_file() else {}) | sections
-    content["claims"] = publish(given.out, content)
+    content = read_json(path) if path.is_file() else {}
+    for name, found in measure(given).items():
+        content[name] = found | {"command": command}
     write_json(path, content)
-    for row in content["claims"]:
-        print(f"\n{row['claim']} ({row['source']})\n  {row['measured']}\n  {row['verdict']}")
+    for claim, _, numbers, verdicts in publish(given.out, content):
+        print(f"\n{claim}\n  {numbers}\n  {verdicts}")
 
 
 if __name__ == "__main__":

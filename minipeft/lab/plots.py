@@ -3,7 +3,7 @@
 A series is {name: [Point, ...]}. The name of a technique is replaced by its label, and it has the same colour and
 marker in all figures; any other name is its own label. Accuracies are in per cent, but fractions in histories.
 """
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, field
 
 import numpy as np
 from matplotlib import rc_context
@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from ..tools.files import atomic
 from ..tools.settings import TECHNIQUES
 from .stats import Comparison
+from .studies import label
 
 # The colours of Okabe and Ito and of Tol, which colour-blind readers can tell apart.
 LOOKS = [("#009e73", "s"), ("#0072b2", "o"), ("#d55e00", "D"), ("#e69f00", "v"), ("#000000", "^"), ("#cc79a7", "P"),
          ("#56b4e9", "X"), ("#882255", "<"), ("#999933", ">"), ("#332288", "p"), ("#7f7f7f", "*"), ("#aa4499", "h")]
-TRAIN, DEV, INK, BAND = "#56b4e9", "#332288", "#444444", "#dbe9f6"
+INK, BAND = "#444444", "#dbe9f6"
 MEASURES = (("loss", 1, "loss (nats)"), ("accuracy", 100, "accuracy (%)"))  # key in a history, scale, axis label
 STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False,
          "axes.grid": True, "axes.axisbelow": True, "axes.ymargin": 0.1, "grid.color": "#e2e2e2",
@@ -53,16 +54,6 @@ class Row:
     text: str = ""
 
 
-@dataclass
-class Memory:
-    """Where the memory of one technique goes, in MB; `measured` is the total, measured independently."""
-    weights: float
-    gradients: float
-    optimiser_states: float
-    activations: float
-    measured: float | None = None
-
-
 # -- shared -----------------------------------------------------------------------------------------------
 
 def figure_in_style(rows=1, columns=1, size=(9, 5), **options):
@@ -73,18 +64,16 @@ def figure_in_style(rows=1, columns=1, size=(9, 5), **options):
 
 def look(name, names=()):
     """Return (label, colour, marker). Techniques take the first looks, the other `names` of a figure the next ones."""
-    order = [*TECHNIQUES, *(other for other in names if other not in TECHNIQUES)]
-    index = order.index(name) if name in order else len(TECHNIQUES)
-    label = TECHNIQUES[name].label if name in TECHNIQUES else str(name)
-    return label, *LOOKS[index % len(LOOKS)]
+    order = list(dict.fromkeys([*TECHNIQUES, *names, name]))  # each once
+    return label(name), *LOOKS[order.index(name) % len(LOOKS)]
 
 
 def finish(figure, path, note=""):
     """Add one legend above all axes, and a note below; save."""
     entries = {}
     for axis in figure.axes:
-        for handle, label in zip(*axis.get_legend_handles_labels()):
-            entries.setdefault(label, handle)
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= zip(labels, handles)
     if entries:
         ncols = len(entries) if len(entries) <= 4 else 3
         figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=ncols)
@@ -106,9 +95,9 @@ def scale_of_lowest(panels):
 def draw_panel(axis, panel, highest):
     """Draw the series of a panel with their bands; a triangle at `highest` marks a point above it."""
     for name, points in panel.series.items():
-        label, colour, marker = look(name, panel.series)
+        words, colour, marker = look(name, panel.series)
         x, y, *band = np.array([astuple(point) for point in points], dtype=float).T
-        axis.plot(x, y, color=colour, marker=marker, label=label)
+        axis.plot(x, y, color=colour, marker=marker, label=words)
         axis.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
         for point in points:
             if point.y > highest:
@@ -138,74 +127,79 @@ def series(panels, note, path, zoom=False):
     return finish(figure, path, f"{note}; triangle at the edge: off the scale" if zoom else note)
 
 
-def over_epochs(rows, name, scale):
+def over_epochs(histories, name, scale):
     """The mean over runs of one column of their histories, as points with the smallest and the largest value."""
-    epochs = {}
-    for row in rows:
-        epochs.setdefault(row["epoch"], []).append(scale * row[name])
-    return [Point(epoch, np.mean(values), min(values), max(values)) for epoch, values in epochs.items()]
+    points = []
+    for rows in zip(*histories):
+        values = [scale * row[name] for row in rows]
+        points.append(Point(rows[0]["epoch"], np.mean(values), min(values), max(values)))
+    return points
 
 
 def curves(history, title, path):
     """One run: loss and accuracy after each epoch, train against dev. history: as in the record; title: below."""
-    panels = [[Panel({part: over_epochs(history, f"{part}_{name}", scale) for part in ("train", "dev")}, "epoch", label,
-                     log=False)] for name, scale, label in MEASURES]
+    panels = []
+    for measure, scale, words in MEASURES:
+        parts = {part: over_epochs([history], f"{part}_{measure}", scale) for part in ("train", "dev")}
+        panels.append([Panel(parts, "epoch", words, log=False)])
     return series(panels, title, path)
 
 
 def learning_curves(histories, note, path):
     """Loss and accuracy after each epoch for several techniques. histories: {name: [history of a run, ...]}."""
-    panels = [[Panel({name: over_epochs(sum(runs, []), f"{part}_{measure}", scale) for name, runs in histories.items()},
-                     "epoch", label, part if measure == "loss" else "", log=False)
-               for part in ("train", "dev")] for measure, scale, label in MEASURES]
+    panels = []
+    for measure, scale, words in MEASURES:
+        panels.append([])
+        for part in ("train", "dev"):
+            lines = {name: over_epochs(runs, f"{part}_{measure}", scale) for name, runs in histories.items()}
+            panels[-1].append(Panel(lines, "epoch", words, part if measure == "loss" else "", log=False))
     return series(panels, note, path)
 
 
 # -- differences ------------------------------------------------------------------------------------------
 
-def draw_difference(axis, found, place, low=-np.inf, high=np.inf, colour=INK):
-    """Draw a stats.Comparison with both of its intervals at a height; an arrow points to what lies beyond low or
-    high."""
+def draw_difference(axis, found, place, colour=INK):
+    """Draw a stats.Comparison with both of its intervals at a height."""
     for ends, width, alpha in (((found.low, found.high), 1.3, 0.9), ((found.inner_low, found.inner_high), 4.5, 0.5)):
-        axis.plot(np.clip(ends, low, high), (place, place), color=colour, linewidth=width, solid_capstyle="butt",
-                  alpha=alpha)
-    if low <= found.mean <= high:
-        axis.plot(found.mean, place, "o", color=colour, markersize=6)
-    for end, beyond, marker in ((low, found.low < low, "<"), (high, found.high > high, ">")):
-        if beyond:
-            axis.plot(end, place, marker, color=colour, markersize=6, clip_on=False)
+        axis.plot(ends, (place, place), color=colour, linewidth=width, alpha=alpha, solid_capstyle="butt")
+    axis.plot(found.mean, place, "o", color=colour, markersize=6)
 
 
-def difference_axis(axis, names, ticks=7):
+def difference_axis(axis, names):
     """Set up an axis for paired differences: the band of equivalence, zero, and a name for each row."""
     axis.axvspan(-1, 1, color=BAND, zorder=0)
     axis.axvline(0, color=INK, linewidth=1)
     axis.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
     axis.grid(visible=False, axis="y")
     axis.tick_params(axis="y", length=0, labelsize=10)
-    axis.locator_params(axis="x", nbins=ticks)
+    axis.locator_params(axis="x", nbins=5, integer=True)
 
 
 @rc_context(STYLE)
 def forest(groups, x_label, note, path):
-    """Paired differences in points, below each other. groups: {heading: [Row, ...]}"""
+    """Paired differences in points, below each other; an arrow points to what lies beyond the axis.
+
+    groups: {heading: [Row, ...]}
+    """
     lines = []  # a heading or a Row
     for heading, rows in groups.items():
         lines += [heading, *rows]
     ends = [end for line in lines if isinstance(line, Row) for end in (line.found.low, line.found.high)]
-    limit = min(max(2 * np.median(np.abs(ends)), 6), 100)
-    low, high = max(-limit, min(ends)), min(limit, max(ends))
-    figure, [[axis]] = figure_in_style(size=(9.5, 1.5 + 0.3 * len(lines)))
+    limit = np.clip(2 * np.median(np.abs(ends)), 6, 100)
+    low, high = min(max(-limit, min(ends)), -1.1), max(min(limit, max(ends)), 1.1)
+    figure, [[axis]] = figure_in_style(size=(12, 1.5 + 0.3 * len(lines)))
     difference_axis(axis, [line.name if isinstance(line, Row) else line for line in lines])
+    axis.set(xlabel=x_label, xlim=(1.04 * low, 1.04 * high))
     for place, line in enumerate(lines):
         if isinstance(line, Row):
-            draw_difference(axis, line.found, place, low, high)
+            draw_difference(axis, line.found, place)
+            for end, beyond, marker in ((low, line.found.low < low, "<"), (high, line.found.high > high, ">")):
+                if beyond:
+                    axis.plot(end, place, marker, color=INK, markersize=6, clip_on=False)
             axis.annotate(line.text.replace("-", "−"), (1.02, place), xycoords=axis.get_yaxis_transform(),
                           va="center", size=9.5)
         else:
             axis.get_yticklabels()[place].set_weight("bold")
-    low, high = min(low, -1.1), max(high, 1.1)
-    axis.set(xlabel=x_label, xlim=(low - 0.04 * (high - low), high + 0.04 * (high - low)))
     return finish(figure, path, note)
 
 
@@ -215,16 +209,14 @@ def sensitivity(panels, kinds, note, path):
     a rule without runs. kinds: {label: colour}. Panels far from zero have a scale of their own."""
     figure, [axes] = figure_in_style(1, len(panels), (11, 4.4), sharey=True)
     for axis, (title, rules) in zip(axes, panels.items()):
-        difference_axis(axis, list(rules), 5)
-        lowest = 0
+        difference_axis(axis, list(rules))
         for place, rows in enumerate(rules.values()):
             if not rows:
                 axis.text(0.5, place, "not run", transform=axis.get_yaxis_transform(), ha="center", va="center",
                           color="#888888", style="italic")
             for step, (found, colour) in enumerate(zip(rows, kinds.values())):
-                draw_difference(axis, found, place + 0.22 * (step - 1), colour=colour)
-                lowest = min(lowest, found.low)
-        axis.set(title=title, xlim=(-2.6, 2.6) if lowest > -2.6 else None)
+                draw_difference(axis, found, place + 0.22 * (step - 1), colour)
+        axis.set(title=title, xlim=(-2.6, 2.6) if axis.dataLim.x0 > -2.6 else None)
     for kind, colour in kinds.items():
         axes[0].plot([], [], "o-", color=colour, label=kind)
     return finish(figure, path, note)
@@ -234,19 +226,16 @@ def sensitivity(panels, kinds, note, path):
 
 @rc_context(STYLE)
 def memory(rows, note, path):
-    """Memory of a training step by purpose, stacked. rows: {name: Memory}; note: stands below."""
+    """Memory of a training step by purpose, stacked. rows: {technique: {purpose: MB}}; note: stands below."""
     figure, [[axis]] = figure_in_style(size=(9, 1.9 + 0.5 * len(rows)))
-    left = np.zeros(len(rows))
-    for part, colour in zip(fields(Memory)[:4], ("#4d4d4d", "#e69f00", "#56b4e9", "#c9c9c9")):
-        values = np.array([getattr(row, part.name) for row in rows.values()])
-        axis.barh(range(len(rows)), values, 0.6, left, color=colour, label=part.name.replace("_", " "))
+    labels, left = list(map(label, rows)), np.zeros(len(rows))
+    for part, colour in zip(next(iter(rows.values())), ("#4d4d4d", "#e69f00", "#56b4e9", "#c9c9c9")):
+        values = np.array([row[part] for row in rows.values()])
+        axis.barh(labels, values, 0.6, left, color=colour, label=part.replace("_", " "))
         left += values
-    measured = [(row.measured, index) for index, row in enumerate(rows.values()) if row.measured is not None]
-    if measured:
-        axis.plot(*zip(*measured), "D", color="black", label="measured total")
+    axis.invert_yaxis()
     axis.set_xlabel("memory of a training step (MB)")
     axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.set(yticks=range(len(rows)), yticklabels=[look(name)[0] for name in rows], ylim=(len(rows) - 0.5, -0.5))
     axis.grid(visible=False, axis="y")
     axis.tick_params(axis="y", length=0)
     return finish(figure, path, note)
@@ -265,10 +254,11 @@ def heat_map(matrix, complete, path):
         if np.isfinite(value):
             dark = complete - value > 0.6 * np.nanmax(complete - matrix)
             axis.text(last, first, f"{value:.1f}", ha="center", va="center", color="white" if dark else "black")
-    names = [str(layer + 1) for layer in range(len(matrix))]
+    layers = range(len(matrix))
+    names = [layer + 1 for layer in layers]
     axis.set(title=f"test accuracy (%) without the adapters of these layers\nwith all adapters: {complete:.1f}%",
-             xlabel="last layer removed", ylabel="first layer removed", xticks=range(len(names)), xticklabels=names,
-             yticks=range(len(names)), yticklabels=names)
+             xlabel="last layer removed", ylabel="first layer removed", xticks=layers, xticklabels=names,
+             yticks=layers, yticklabels=names)
     axis.grid(visible=False)
     figure.colorbar(image, label="loss of accuracy (points)")
     return finish(figure, path)

@@ -1,34 +1,32 @@
 """The search of learning rates, on dev alone."""
 import math
 from collections import Counter
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from ..tools import checkpoint
 from ..tools.files import UserError
-from . import stats
-from .runs import key, make_run, train_missing
+from .runs import evaluate, key, make_run, train_missing
 from .studies import RULES, SEARCHES, Variant
 
 FOLDS = (0, 1, 2)
 
 
-@dataclass
-class Scores:
+class Scores(NamedTuple):
     """What one rate has reached on each dev sentence (n,): accuracy, raw and calibrated loss; as a mean over runs."""
     accuracy: np.ndarray
     loss: np.ndarray
     calibrated: np.ndarray
 
 
-def score(place, record):
+def score(record):
     """The Scores of a run on dev; a failed one has accuracy 0 and a loss that no other run has."""
-    outcome = place.evaluate(record, "dev")
+    outcome = evaluate(record, "dev")
     if outcome is None:
         return Scores(np.zeros(1), np.full(1, 99.0), np.full(1, 99.0))
-    dev = record["dev"]
-    return Scores(outcome.accuracy / 100, stats.log_losses(np.array(dev["logits"]), dev["labels"]), outcome.loss)
+    return Scores(outcome.accuracy / 100, outcome.raw, outcome.loss)
 
 
 def run_of(place, name, search, rate, repeat):
@@ -48,14 +46,13 @@ def find(place, name, search=None):
     for record in place.records.values():
         rate = record["settings"].get(search.option)
         if rate and rest(record["settings"]) == wanted:
-            found.setdefault(rate, {})[record["settings"]["seed"]] = score(place, record)
+            found.setdefault(rate, {})[record["settings"]["seed"]] = score(record)
     return dict(sorted(found.items()))
 
 
 def average(found):
     """{rate: Scores} of the rates that were run on all of FOLDS."""
-    names = ("accuracy", "loss", "calibrated")
-    return {rate: Scores(*(sum(getattr(runs[fold], name) for fold in FOLDS) / len(FOLDS) for name in names))
+    return {rate: Scores(*(sum(parts) / len(FOLDS) for parts in zip(*(runs[fold] for fold in FOLDS))))
             for rate, runs in found.items() if runs.keys() >= set(FOLDS)}
 
 
@@ -74,7 +71,7 @@ def choose(means):
 
 def over_sentences(scores):
     """{rate: Scores} of numbers, the means over sentences."""
-    return {rate: Scores(*(float(values.mean()) for values in astuple(row))) for rate, row in scores.items()}
+    return {rate: Scores(*(float(values.mean()) for values in row)) for rate, row in scores.items()}
 
 
 def bootstrap(scores, rounds=1000):
@@ -84,11 +81,35 @@ def bootstrap(scores, rounds=1000):
     """
     size = max(len(row.loss) for row in scores.values())
     draws = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), rounds) / size  # (rounds, sentences)
-    table = np.array([[np.broadcast_to(values, size) for values in astuple(row)] for row in scores.values()])
+    table = np.array([[np.broadcast_to(values, size) for values in row] for row in scores.values()])
     means = np.einsum("ds,rms->drm", draws, table, optimize=True)                               # (rounds, rates, 3)
     picked = [choose({rate: Scores(*row) for rate, row in zip(scores, rows)}) for rows in means]
     return {rule: {rate: times / rounds for rate, times in Counter(pick[rule] for pick in picked).items()}
             for rule in RULES}
+
+
+@dataclass
+class Searched:
+    """What a search has found: the number of its runs, {rate: Scores} as means, {rule: the rate it chooses}, and how
+    often it chooses each rate if dev is drawn anew."""
+    runs: int
+    means: dict
+    picks: dict
+    shares: dict
+
+    def text(self, rule, rate):
+        """A rate with the share of the draws in which the rule chooses it, as "0.0005 (42%)"."""
+        return f"{rate:g} ({self.shares[rule].get(rate, 0):.0%})"
+
+
+def summarise(place, name):
+    """The Searched of a search; None if no rate was run on all of FOLDS."""
+    found = find(place, name)
+    scores = average(found)
+    if not scores:
+        return None
+    means = over_sentences(scores)
+    return Searched(sum(map(len, found.values())), means, choose(means), bootstrap(scores))
 
 
 # -- searching --------------------------------------------------------------------------------------------

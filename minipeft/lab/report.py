@@ -2,10 +2,8 @@
 import shlex
 import textwrap
 from dataclasses import dataclass, replace
-from itertools import combinations, compress
+from itertools import combinations
 from pathlib import Path
-
-from numpy import isnan, nan
 
 from ..tools.files import UserError, read_json, write_text
 from ..tools.settings import TECHNIQUES
@@ -31,7 +29,8 @@ METHOD = """\
 - With m contrasts in a study, better or worse: the interval at 1 - 0.05/m excludes zero; equivalent within 1 point: the
   interval at 1 - 0.10/m lies within 1 point of zero; else inconclusive. If accuracy is inconclusive, calibrated loss
   may say better or worse, and is named. No verdict below {enough} test sentences, or if no two runs differ.
-- Two runs are compared only if processor, device and precision agree; costs are averaged on one machine only."""
+- Two runs are compared only if processor, device and precision agree; costs are averaged on one machine only.
+"""
 LIMITS = """\
 - ± is the standard deviation over runs, not an interval. Failed runs are counted, and left out of means.
 - Intervals do not include the uncertainty of the choice of rates; neighbouring rates can be equally good on dev."""
@@ -60,6 +59,13 @@ class Finding:
                 words[kind] = f"{self.loss[kind].verdict} in calibrated loss"
         return words
 
+    @property
+    def verdict(self):
+        """The verdict by the main interval, in words."""
+        if not self.accuracy:
+            return stats.NO_VERDICT
+        return self.verdicts["corrected"] + (", one run" if self.accuracy["corrected"].runs == 1 else "")
+
 
 @dataclass
 class Result:
@@ -76,41 +82,33 @@ class Result:
 
 def measure(study, outcomes, contrast):
     """The Finding of a contrast, from pairs of finished runs of one machine."""
-    a, b = (outcomes.get(name, {}) for name in (contrast.a, contrast.b))
-    both = [(a[fold], b[fold]) for fold in a if fold in b and a[fold] and b[fold]]
-    pairs = [(one, other) for one, other in both if machine(one.record) == machine(other.record)]
-    found = Finding(contrast, {}, {}, left_out=len(a.keys() & b.keys()) - len(pairs))
-    if not pairs or len(pairs[0][0].accuracy) < 2:
+    folds = list(zip(*(outcomes.get(name, {}).values() for name in (contrast.a, contrast.b))))
+    pairs = [(a, b) for a, b in folds if a and b and machine(a.record) == machine(b.record)]
+    found = Finding(contrast, {}, {}, left_out=len(folds) - len(pairs))
+    sizes = [len(a.accuracy) for a, _ in pairs]
+    if not pairs or min(sizes) < 2:
         return found
     seeds, m = "test" in pairs[0][0].record["settings"], len(study.contrasts)
     over_folds = len(pairs) > 1 and study.part == "test" and not seeds
     for kind in stats.INTERVALS if over_folds else ["corrected"]:
         rule = {"part": study.part, "seeds": seeds, "interval": kind, "comparisons": m}
-        found.accuracy[kind] = stats.compare([one.accuracy - other.accuracy for one, other in pairs], **rule)
-        found.loss[kind] = stats.compare([one.loss - other.loss for one, other in pairs], margin=None,
-                                         lower_is_better=True, **rule)
-        if sum(len(one.accuracy) for one, _ in pairs) < ENOUGH:
-            for measured in (found.accuracy, found.loss):
-                measured[kind] = replace(measured[kind], verdict=f"{stats.NO_VERDICT} below {ENOUGH} test sentences")
+        accuracy = stats.compare([a.accuracy - b.accuracy for a, b in pairs], **rule)
+        loss = stats.compare([a.loss - b.loss for a, b in pairs], margin=None, lower_is_better=True, **rule)
+        if sum(sizes) < ENOUGH:
+            words = f"{stats.NO_VERDICT} below {ENOUGH} test sentences"
+            accuracy, loss = replace(accuracy, verdict=words), replace(loss, verdict=words)
+        found.accuracy[kind], found.loss[kind] = accuracy, loss
     if study.matthews and over_folds:
-        found.matthews = stats.paired([one.numbers["matthews"] - other.numbers["matthews"] for one, other in pairs],
+        found.matthews = stats.paired([a.numbers["matthews"] - b.numbers["matthews"] for a, b in pairs],
                                       comparisons=m, margin=None)
     return found
-
-
-def places_of(study, places):
-    """Where the records of a study may be, in order. places: as of read_places"""
-    here = [places[folder] for folder in study.folders if folder in places]
-    if "" in places and places[""].out.name in study.folders:
-        here.append(places[""])
-    return here
 
 
 def find_results(places):
     """The Result of every study that the records of these places complete, in the order of STUDIES."""
     results = []
     for name, study in STUDIES.items():
-        for place in places_of(study, places):
+        for place in [places[folder] for folder in study.folders if folder in places]:
             outcomes = collect(place, study)
             if outcomes:
                 contrasts = () if place.quick else study.contrasts
@@ -127,9 +125,13 @@ def agree(verdicts):
     """
     if len(set(verdicts.values())) == 1:
         return next(iter(verdicts.values())), ""
-    pairs = [(a, b) for a, b in combinations(verdicts, 2) if verdicts[a] != verdicts[b]]
-    by_rule, by_interval = (any(a[same] == b[same] for a, b in pairs) for same in (1, 0))
-    return "depends", " and ".join(compress(("the rule", "the interval"), (by_rule, by_interval)))
+    differing = [(a, b) for a, b in combinations(verdicts, 2) if verdicts[a] != verdicts[b]]
+    causes = []
+    if any(a[1] == b[1] for a, b in differing):
+        causes.append("the rule")
+    if any(a[0] == b[0] for a, b in differing):
+        causes.append("the interval")
+    return "depends", " and ".join(causes)
 
 
 def sensitivity(places):
@@ -139,7 +141,7 @@ def sensitivity(places):
         for rule in RULES:
             study = replace(main, variants=[Variant(name, name) for name in (contrast.a, contrast.b)], rule=rule,
                             partial=False)
-            runs = [collect(place, study) for place in places_of(main, places)]
+            runs = [collect(places[folder], study) for folder in main.folders if folder in places]
             whole = [outcomes for outcomes in runs if outcomes and len(outcomes[contrast.a]) == main.folds]
             found[contrast, rule] = measure(main, whole[0], contrast) if whole else None
     return found
@@ -147,40 +149,25 @@ def sensitivity(places):
 
 def agree_on(cells, contrast):
     """`agree` on one contrast of a sensitivity table, over all rules and intervals with runs."""
-    return agree({(rule, kind): verdict for (one, rule), found in cells.items() if one == contrast and found
-                  for kind, verdict in found.verdicts.items()})
+    verdicts = {}
+    for (one, rule), found in cells.items():
+        if one == contrast and found:
+            verdicts |= {(rule, kind): verdict for kind, verdict in found.verdicts.items()}
+    return agree(verdicts)
 
 
 # -- tables -----------------------------------------------------------------------------------------------
 
 def markdown(rows):
-    """A Markdown table, as lines. rows: of cells, the first the heading"""
+    """A Markdown table. rows: of cells, the first the heading"""
     heading, *rest = rows
-    return ["| " + " | ".join(map(str, row)) + " |" for row in (heading, ["---"] * len(heading), *rest)]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (heading, ["---"] * len(heading), *rest))
 
 
-def aligned(rows, width=100):
-    """A table for a terminal, as lines of at most `width` columns; long names in the first column are wrapped."""
+def aligned(rows):
+    """A table for a terminal."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
-    widths[0] = min(widths[0], width - sum(widths[1:]) - 2 * len(widths[1:]))
-    lines = []
-    for name, *cells in rows:
-        first, *rest = textwrap.wrap(name, widths[0]) or [""]
-        lines.append("  ".join(f"{cell:<{room}}" for cell, room in zip([first, *cells], widths)).rstrip())
-        lines += rest
-    return lines
-
-
-def signed(row, digits=2):
-    """A difference with its interval, as "+0.10 [-1.68, +1.88]"."""
-    return f"{row.mean:+.{digits}f} [{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
-
-
-def with_level(row, equivalence=False):
-    """The same with the level of the interval; equivalence: the interval that decides on it"""
-    if equivalence:
-        row = replace(row, low=row.inner_low, high=row.inner_high, level=2 * row.level - 1)
-    return f"{signed(row)} at {100 * row.level:.4g}%"
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 # Columns: {key of Outcome.numbers: (heading, format)}.
@@ -196,11 +183,11 @@ SHORT = {"lr": ("lr", "g"), "share": ("trained", ".2%"), "accuracy": ("accuracy 
 
 
 def mean_std(runs, number):
-    """(mean, standard deviation) of a number over runs; (nan, None) if unknown, None if all are equal."""
+    """(mean, standard deviation) of a number over runs; None for an unknown mean, and if all are equal."""
     values = [run.numbers[number] for run in runs if run.numbers[number] is not None]
     if len(set(values)) > 1:
         return stats.mean_std(values)
-    return values[0] if values else nan, None
+    return values[0] if values else None, None
 
 
 def number_rows(result, columns, groups=None):
@@ -208,12 +195,11 @@ def number_rows(result, columns, groups=None):
     groups = groups or {name: result.runs(name) for name in result.outcomes}
     rows = [["", "runs", *(heading.format(result.study.part) for heading, _ in columns.values())]]
     for name, runs in groups.items():
-        cells = []
+        row = [label(name), len(runs)]
         for number, (_, form) in columns.items():
             mean, std = mean_std(runs, number)
-            known = "–" if isnan(mean) else f"{mean:{form}}"
-            cells.append(f"{known} ± {std:{form}}" if std else known)
-        rows.append([label(name), len(runs), *cells])
+            row.append("–" if mean is None else f"{mean:{form}} ± {std:{form}}" if std else f"{mean:{form}}")
+        rows.append(row)
     return rows
 
 
@@ -224,9 +210,8 @@ def quality_rows(result):
         columns["head_lr"] = ("rate of the head", "g")
     if result.study.matthews:
         columns["matthews"] = ("{} Matthews correlation x 100", ".1f")
-    heading, *rows = number_rows(result, columns)
     failed = [len(folds) - len(result.runs(name)) for name, folds in result.outcomes.items()]
-    return [[*heading, "failed runs"], *([*row, number] for row, number in zip(rows, failed))]
+    return [[*row, last] for row, last in zip(number_rows(result, columns), ("failed runs", *failed))]
 
 
 def contrast_rows(findings):
@@ -234,33 +219,27 @@ def contrast_rows(findings):
     rows = [["contrast", "accuracy (points)", "for equivalence", "verdict", "calibrated loss", "verdict",
              "verdicts by the other intervals", "pairs"]]
     for found in findings:
-        pairs = f"{found.left_out} left out (failed, or of two machines)" if found.left_out else ""
+        name, left_out = found.contrast.name, ""
+        if found.left_out:
+            left_out = f"; {found.left_out} left out (failed, or of two machines)"
         if not found.accuracy:
-            rows.append([found.contrast.name, *[""] * 6, f"none; {pairs}" if pairs else "none"])
+            rows.append([name, *[""] * 6, f"none{left_out}"])
             continue
         accuracy, loss, (_, *others) = found.accuracy["corrected"], found.loss["corrected"], found.verdicts.values()
-        number = "one run" if accuracy.runs == 1 else str(accuracy.runs)
-        rows.append([found.contrast.name, with_level(accuracy), with_level(accuracy, True), accuracy.verdict,
-                     signed(loss, 4), loss.verdict, "; ".join(others), f"{number}; {pairs}" if pairs else number])
+        pairs = "one run" if accuracy.runs == 1 else accuracy.runs
+        rows.append([name, accuracy.text_with_level(), accuracy.inner.text_with_level(), accuracy.verdict,
+                     loss.text(4), loss.verdict, "; ".join(others), f"{pairs}{left_out}"])
         if found.matthews:
-            rows.append([f"{found.contrast.name}, Matthews correlation x 100", signed(found.matthews), "",
-                         found.matthews.verdict, "", "", "", number])
+            rows.append([f"{name}, Matthews correlation x 100", found.matthews.text(), "", found.matthews.verdict, "",
+                         "", "", pairs])
     return rows
-
-
-def said(found):
-    """The verdict of a finding, by the main interval, in words."""
-    if not found.accuracy:
-        return stats.NO_VERDICT
-    verdict = found.verdicts["corrected"]
-    return f"{verdict}, one run" if found.accuracy["corrected"].runs == 1 else verdict
 
 
 def short_rows(findings):
     """The contrasts for a terminal."""
     return [["", "accuracy (points)", "verdict"], *(
-        [found.contrast.name, signed(found.accuracy["corrected"]) if found.accuracy else "no pair of runs", said(found)]
-        for found in findings)]
+        [found.contrast.name, found.accuracy["corrected"].text() if found.accuracy else "no pair of runs",
+         found.verdict] for found in findings)]
 
 
 def on_one_machine(result):
@@ -308,7 +287,7 @@ def draw_contrasts(results, path):
     names, groups = {result.name for result in results}, {}
     for result in results:
         rows = [plots.Row(found.contrast.name.replace(" - ", " − "), found.accuracy["corrected"],
-                          f"{signed(found.accuracy['corrected'])}  {said(found)}")
+                          f"{found.accuracy['corrected'].text()}  {found.verdict}")
                 for found in result.findings if found.accuracy]
         if rows and result.study.part == "test" and not (result.name == "techniques" and "calibrated" in names):
             groups[result.study.title or result.name] = rows
@@ -320,95 +299,82 @@ def draw_contrasts(results, path):
 
 # -- Markdown ---------------------------------------------------------------------------------------------
 
+def paragraphs(blocks):
+    """Join blocks of Markdown that are not empty, with an empty line after each."""
+    return "".join(f"{block}\n\n" for block in blocks if block)
+
+
 def study_page(result, figures):
-    """The page of a study, as lines. Draws its figures."""
-    study, runs = result.study, [run for name in result.outcomes for run in result.runs(name)]
-    out = shlex.quote(result.place.out.as_posix())
-    lines = [f"# {result.name}", "", f"{study.question} ({study.source})", "", f"Rates: {RULES[study.rule]}.", ""]
-    if study.caveat:
-        lines += [f"Mind: {study.caveat}.", ""]
+    """The page of a study. Draws its figures."""
+    study, place, runs = result.study, result.place, [run for name in result.outcomes for run in result.runs(name)]
     absent = [label(variant.name) for variant in study.variants if variant.name not in result.outcomes]
-    if absent:
-        lines += [f"Not run: {', '.join(absent)}.", ""]
-    if result.place.quick:
-        lines += [TOO_SHORT, ""]
+    blocks = [f"# {result.name}", f"{study.question} ({study.source})", f"Rates: {RULES[study.rule]}.",
+              f"Mind: {study.caveat}." if study.caveat else "", f"Not run: {', '.join(absent)}." if absent else "",
+              TOO_SHORT if place.quick else ""]
     if runs:
-        lines += [f"`python compare.py --study {result.name} --out {out}`, with the options of its runs, such as "
-                  f"`{runs[0].record['command']}`.", ""]
+        blocks.append(f"`python compare.py --study {result.name} --out {shlex.quote(place.out.as_posix())}`, with the "
+                      f"options of its runs, such as `{runs[0].record['command']}`.")
     if result.findings:
-        lines += [*markdown(contrast_rows(result.findings)), ""]
-    lines += [*markdown(quality_rows(result)), ""]
+        blocks.append(markdown(contrast_rows(result.findings)))
+    blocks.append(markdown(quality_rows(result)))
     if study.costs and runs:
         words, groups = on_one_machine(result)
-        lines += [f"Costs on {words}:", "", *markdown(number_rows(result, COST, groups)), ""]
-    return [*lines, *(f"![{name}](../figures/{name})" for name in draw(result, figures))]
+        blocks += [f"Costs on {words}:", markdown(number_rows(result, COST, groups))]
+    return paragraphs(blocks) + "".join(f"![{name}](../figures/{name})\n" for name in draw(result, figures))
 
 
-def find_scores(places, name):
-    """(the Scores of a search by rate, the number of its runs); ({}, 0) without any."""
-    place = places.get(SEARCHES[name].folder)
-    found = rates.find(place, name) if place else {}
-    return rates.average(found), sum(map(len, found.values()))
+def find_searches(places):
+    """The searches of learning rates that have records: {name: rates.Searched}."""
+    found = {name: rates.summarise(places[search.folder], name) for name, search in SEARCHES.items()
+             if search.folder in places}
+    return {name: search for name, search in found.items() if search}
 
 
-def rates_page(places, figures):
-    """The page of the searches of learning rates, as lines; [] without any. Draws their figure."""
+def rates_page(searches, figures):
+    """The page of the searches of learning rates. Draws their figure."""
     chosen = [["search", "runs", *(f"{rule}: {words}" for rule, words in RULES.items())]]
     tried, drawn, ringed = [["search", "rate", "dev accuracy", "raw loss", "calibrated loss"]], {}, {}
-    for name in SEARCHES:
-        scores, runs = find_scores(places, name)
-        if not scores:
-            continue
-        means, shares = rates.over_sentences(scores), rates.bootstrap(scores)
-        picks = rates.choose(means)
-        chosen.append([name, runs, *(f"{rate:g} ({shares[rule].get(rate, 0):.0%})" for rule, rate in picks.items())])
+    for name, search in searches.items():
+        chosen.append([name, search.runs, *(search.text(rule, rate) for rule, rate in search.picks.items())])
         tried += [[name, f"{rate:g}", f"{row.accuracy:.2%}", f"{row.loss:.4f}", f"{row.calibrated:.4f}"]
-                  for rate, row in means.items()]
+                  for rate, row in search.means.items()]
         if name in TECHNIQUES:
-            drawn[name] = [plots.Point(rate, row.calibrated) for rate, row in means.items()]
-            ringed[name] = picks["calibrated"]
-    if len(chosen) == 1:
-        return []
-    lines = ["# Learning rates", "", "Searched on dev, folds 0 to 2. In brackets: how often the rule chooses this rate "
-             "if the dev sentences are drawn anew (bootstrap).", "", *markdown(chosen), ""]
+            drawn[name] = [plots.Point(rate, row.calibrated) for rate, row in search.means.items()]
+            ringed[name] = search.picks["calibrated"]
+    figure = ""
     if drawn:
         panel = plots.Panel(drawn, "learning rate", "calibrated dev loss (nats)", ringed=ringed)
         plots.series([[panel]], "mean of folds 0 to 2; ring: the best", figures / "rates.png", zoom=True)
-        lines += ["![rates.png](../figures/rates.png)", ""]
-    return [*lines, *markdown(tried)]
+        figure = "![rates.png](../figures/rates.png)"
+    return paragraphs([
+        "# Learning rates", "Searched on dev, folds 0 to 2. In brackets: how often the rule chooses this rate if the "
+        "dev sentences are drawn anew (bootstrap).", markdown(chosen), figure]) + markdown(tried) + "\n"
 
 
-def sensitivity_lines(cells, places, figures):
-    """The verdicts on the main contrasts and the table of what they depend on, as lines. Draws its figure."""
-    scores = {name: find_scores(places, name)[0] for name in TECHNIQUES}
-    shares = {name: rates.bootstrap(found) for name, found in scores.items() if found}
-
-    def rate_and_share(name, rule):
-        rate = getattr(SEARCHES[name], rule)
-        return f"{rate:g} ({shares[name][rule].get(rate, 0):.0%})" if name in shares else f"{rate:g}"
+def sensitivity_blocks(cells, searches, figures):
+    """The verdicts on the main contrasts and the table of what they depend on. Draws its figure."""
+    def rate(name, rule):
+        value = getattr(SEARCHES[name], rule)
+        return searches[name].text(rule, value) if name in searches else f"{value:g}"
 
     rows = [["", "rule for the rates", "rates (how often a bootstrap of dev chooses them)", "accuracy (points)",
              *stats.INTERVALS.values(), "calibrated loss"]]
-    panels = {}
+    panels, verdicts = {}, []
     for (contrast, rule), found in cells.items():
-        measured = []
-        row = [contrast.name, RULE_NAMES[rule],
-               f"{rate_and_share(contrast.a, rule)} - {rate_and_share(contrast.b, rule)}"]
+        numbers, measured = ["not run", *[""] * (len(stats.INTERVALS) + 1)], []
         if found:
-            row += [signed(found.accuracy["corrected"]), *found.verdicts.values(), signed(found.loss["corrected"], 4)]
+            numbers = [found.accuracy["corrected"].text(), *found.verdicts.values(), found.loss["corrected"].text(4)]
             measured = list(found.accuracy.values())
-        else:
-            row += ["not run", *[""] * (len(stats.INTERVALS) + 1)]
-        rows.append(row)
+        rows.append([contrast.name, RULE_NAMES[rule], f"{rate(contrast.a, rule)} - {rate(contrast.b, rule)}", *numbers])
         panels.setdefault(contrast.name.replace(" - ", "\n− "), {})[textwrap.fill(RULE_NAMES[rule], 10)] = measured
     plots.sensitivity(panels, dict(zip(stats.INTERVALS.values(), ("#332288", "#d55e00", "#009e73"))),
                       "difference in test accuracy (points); thin line: for a difference, thick: for equivalence "
                       "(shaded: ±1 point)", figures / "sensitivity.png")
-    lines = []
     for contrast in STUDIES["calibrated"].contrasts:
         verdict, depends = agree_on(cells, contrast)
-        lines.append(f"- {contrast.name}: **{verdict}**" + (f" on {depends}" if depends else ""))
-    return [*lines, "", "![What the verdicts depend on](figures/sensitivity.png)", "", *markdown(rows)]
+        verdicts.append(f"- {contrast.name}: **{verdict}**" + (f" on {depends}" if depends else ""))
+    return ["## What the verdicts depend on", "\n".join(verdicts),
+            "![What the verdicts depend on](figures/sensitivity.png)", markdown(rows)]
 
 
 def claim_rows(results, cells, out):
@@ -418,30 +384,28 @@ def claim_rows(results, cells, out):
         for found in result.findings:
             if not found.contrast.claim:
                 continue
-            ours = f"[{result.name}](studies/{result.name}.md): {found.contrast.name}"
             if result.name == "calibrated":
                 verdict, depends = agree_on(cells, found.contrast)
             else:
-                verdict, (_, depends) = said(found), agree({("", kind): word for kind, word in found.verdicts.items()})
+                verdict, (_, depends) = found.verdict, agree_on({(found.contrast, ""): found}, found.contrast)
             difference = "not run by this rule"
             if found.accuracy:
                 accuracy = found.accuracy["corrected"]
-                difference = with_level(accuracy, accuracy.verdict.startswith("equivalent"))
-            rows.append([found.contrast.claim, ours, difference, verdict,
-                         "; ".join(part for part in (depends, result.study.caveat) if part)])
+                decides = accuracy.inner if accuracy.verdict.startswith("equivalent") else accuracy
+                difference = decides.text_with_level()
+            rows.append([found.contrast.claim, f"[{result.name}](studies/{result.name}.md): {found.contrast.name}",
+                         difference, verdict, "; ".join(filter(None, (depends, result.study.caveat)))])
     path = out / "analysis.json"
-    for row in analysis.publish(out, read_json(path)) if path.is_file() else []:
-        link = f"[figure]({row['figure']}), " if row["figure"] else ""
-        rows.append([f"{row['claim']} ({row['source']})", f"{link}`{row['command']}`", row["measured"], row["verdict"],
-                     ""])
+    if path.is_file():
+        rows += [[*row, ""] for row in analysis.publish(out, read_json(path))]
     return rows
 
 
 def describe_method(results):
     """The method of these runs, in words."""
     place = results[0].place
-    record = next(run.record for runs in results[0].outcomes.values() for run in runs.values() if run)
-    sizes = "{train:,} training, {dev:,} dev, {test:,} test".format(**record["sentences"])
+    first = next(iter(place.records.values()))
+    sizes = "{train:,} training, {dev:,} dev, {test:,} test".format(**first["sentences"])
     split = ("The hash of a text puts it\n  into one of eleven parts. Part 10 is dev; fold i tests on part i, the "
              "other nine are for training.")
     if place.common["test"]:
@@ -454,10 +418,15 @@ def describe_method(results):
     return METHOD.format(data=data_name(place), sizes=sizes, split=split, rates=words, enough=ENOUGH)
 
 
+# -- the whole report -------------------------------------------------------------------------------------
+
 def read_places(out):
-    """The places of the records in `out` and in its subfolders: {"": Place, name of the subfolder: Place}."""
+    """The places of the records in `out`, named "" and as the folder, and in its subfolders: {name: Place}."""
     places = {folder.name: read_place(folder) for folder in sorted(path.parent for path in out.glob("*/runs"))}
-    return places | {"": read_place(out)} if (out / "runs").is_dir() or not places else places
+    if (out / "runs").is_dir() or not places:
+        place = read_place(out)
+        places = {out.resolve().name: place} | places | {"": place}
+    return places
 
 
 def check_readme(path):
@@ -467,65 +436,60 @@ def check_readme(path):
 
 
 def own_text(out, name):
-    """What the folder says itself, in OUT/NAME.md, as lines: its answer, method or limits."""
+    """What the folder says itself, in OUT/NAME.md: its answer, method or limits."""
     path = out / f"{name}.md"
-    return path.read_text(encoding="utf-8").rstrip().splitlines() if path.is_file() else []
+    return path.read_text(encoding="utf-8").rstrip() + "\n" if path.is_file() else ""
 
 
-def not_searched(result):
-    """A warning if the rates are train.py's, which were found on other data; else ""."""
-    searched = result.study.rule != "doubling" or result.place.rates or not result.place.common["data"]
+def warning(result):
+    """A warning if the runs are a smoke test, or if their rates are train.py's, which were found on other data."""
+    place = result.place
+    if place.quick:
+        return TOO_SHORT
+    searched = result.study.rule != "doubling" or place.rates or not place.common["data"]
     return "" if searched else NOT_SEARCHED
 
 
 def tables(result, form):
-    """A study in two short tables, as lines. form: `markdown` or `aligned`"""
-    lines = form(number_rows(result, SHORT))
-    if result.place.quick:
-        return [TOO_SHORT, "", *lines]
-    return [*form(short_rows(result.findings)), "", *lines] if result.findings else lines
+    """A study in short tables. form: `markdown` or `aligned`"""
+    contrasts = [form(short_rows(result.findings))] if result.findings else []
+    return "\n\n".join([*contrasts, form(number_rows(result, SHORT))])
 
 
 def in_terminal(result):
-    """A study as lines of at most 100 columns."""
-    lines = textwrap.wrap(f"{result.name}, on {data_name(result.place)}: {result.study.question}", 100)
-    lines += textwrap.wrap(not_searched(result).replace("*", "").replace("`", ""), 100)
-    return [*lines, "", *tables(result, aligned)]
+    """A study for a terminal."""
+    title = textwrap.fill(f"{result.name}, on {data_name(result.place)}: {result.study.question}", 100)
+    mind = textwrap.fill(warning(result).replace("*", "").replace("`", ""), 100)
+    return "\n".join(filter(None, (title, mind))) + f"\n\n{tables(result, aligned)}"
 
 
 def report(out):
     """Write OUT/README.md, OUT/studies/ and OUT/figures/ from the records in OUT and its subfolders. Trains nothing.
     Returns the Results."""
-    places = read_places(out)
-    results, figures = find_results(places), out / "figures"
-    for folder in (figures, out / "studies"):
-        folder.mkdir(exist_ok=True)
-    lines = [f"{OPENING} --out {shlex.quote(out.as_posix())}` writes this file, studies/ and figures/; it trains "
-             "nothing.", ""]
-    for result in results:
-        if result.place.out == out and not_searched(result):
-            lines += [not_searched(result), ""]
-    lines += [*own_text(out, "answer"), ""]
+    places, figures = read_places(out), out / "figures"
+    results, searches, cells = find_results(places), find_searches(places), sensitivity(places)
+    blocks = [f"{OPENING} --out {shlex.quote(out.as_posix())}` writes this file, studies/ and figures/; it trains "
+              "nothing.", *dict.fromkeys(warning(result) for result in results if result.place.out == out),
+              own_text(out, "answer").rstrip()]
     if draw_contrasts(results, figures / "contrasts.png"):
-        lines += ["![All contrasts](figures/contrasts.png)", ""]
-    cells = sensitivity(places)
+        blocks.append("![All contrasts](figures/contrasts.png)")
     if sum(bool(found) for found in cells.values()) > len(RULES):
-        lines += ["## What the verdicts depend on", "", *sensitivity_lines(cells, places, figures), ""]
+        blocks += sensitivity_blocks(cells, searches, figures)
     else:
         for result in results:
-            lines += [f"## {result.name}", "", *tables(result, markdown), ""]
+            blocks += [f"## {result.name}", tables(result, markdown)]
     claims = claim_rows(results, cells, out)
     if len(claims) > 1:
-        lines += ["## Claims", "", *markdown(claims), ""]
+        blocks += ["## Claims", markdown(claims)]
     if results:
-        lines += ["## Method", "", describe_method(results), *own_text(out, "method"), "", "## Limits", "",
-                  *own_text(out, "limits"), LIMITS, "", "## Studies", ""]
-    searches = rates_page(places, figures)
+        blocks += ["## Method", (describe_method(results) + own_text(out, "method")).rstrip(), "## Limits",
+                   own_text(out, "limits") + LIMITS, "## Studies"]
+    index = []
     if searches:
-        write_text(out / "studies" / "learning-rates.md", "\n".join([*searches, ""]))
-        lines += ["- [learning rates](studies/learning-rates.md)"]
+        write_text(out / "studies" / "learning-rates.md", rates_page(searches, figures))
+        index.append("- [learning rates](studies/learning-rates.md)\n")
     for result in results:
-        write_text(out / "studies" / f"{result.name}.md", "\n".join([*study_page(result, figures), ""]))
-        lines.append(f"- [{result.name}](studies/{result.name}.md): {result.study.question}")
-    write_text(out / "README.md", "\n".join([*lines, ""]))
+        write_text(out / "studies" / f"{result.name}.md", study_page(result, figures))
+        index.append(f"- [{result.name}](studies/{result.name}.md): {result.study.question}\n")
+    write_text(out / "README.md", paragraphs(blocks) + "".join(index))
     return results

@@ -20,27 +20,27 @@ from ..tools.files import UserError, read_json, write_json
 from ..tools.metrics import confusion, matthews
 from ..tools.settings import command, common_defaults, defaults
 from . import stats
-from .studies import RULES, SEARCHES
+from .studies import QUICK, RULES, SEARCHES
 
 TRAIN = Path(__file__).parents[2] / "train.py"
-COMPARISON = "comparison.json"       # what --search has found, and whether the runs are a smoke test
-DIVERGED = 3                         # train.py's exit code if the loss does not stay finite
-PATHS = ("weights", "data", "test")  # compared by the hash of their content
-UNNAMED = ("technique", "lr", "fold", "seed", "text_column", "label_column", *PATHS)
+COMPARISON = "comparison.json"  # the rates that --search has found
+DIVERGED = 3                    # train.py's exit code if the loss does not stay finite
+UNNAMED = ("technique", "lr", "fold", "seed", "text_column", "label_column", *checkpoint.PATHS)
 READING = ("text_column", "label_column", "encoding", "separator")  # how a data file is read
 
 
 def key(settings):
-    """What tells the runs of a place apart: all settings that decide the outcome, but no paths."""
-    return json.dumps({name: value for name, value in settings.items() if name not in PATHS}, sort_keys=True)
+    """What tells the runs of a place apart: all settings that decide the outcome, but no paths, whose contents do."""
+    return json.dumps({name: value for name, value in settings.items() if name not in checkpoint.PATHS}, sort_keys=True)
 
 
 @dataclass
 class Outcome:
-    """A finished run on one part: accuracy (%) and calibrated loss (nats) of each sentence; numbers for tables."""
+    """A finished run on one part: accuracy (%), calibrated and raw loss (nats) of each sentence; numbers for tables."""
     record: dict
     accuracy: np.ndarray
     loss: np.ndarray
+    raw: np.ndarray
     numbers: dict
 
 
@@ -50,37 +50,42 @@ def machine(record, *more):
 
 
 def evaluate(record, part):
-    """The Outcome of a finished run on "test" or "dev"."""
+    """The Outcome of a run on "test" or "dev"; None for a failed run, or without predictions on this part."""
+    if "failed" in record or not record[part]["labels"]:
+        return None
     parameters, metrics, dev, judged = (record[name] for name in ("parameters", "metrics", "dev", part))
     logits, labels = np.array(judged["logits"]), np.array(judged["labels"])
     predicted = logits.argmax(1)
-    right = 100.0 * (predicted == labels)
+    right, raw = 100.0 * (predicted == labels), stats.log_losses(logits, labels)
     losses = stats.log_losses(logits / stats.temperature(dev["logits"], dev["labels"]), labels)
-    return Outcome(record, right, losses, {
+    return Outcome(record, right, losses, raw, {
         **metrics, **parameters, "lr": record["settings"]["lr"], "head_lr": record["settings"].get("head_lr"),
         "share": parameters["trainable"] / parameters["total"], "saved_mb": metrics["saved_bytes"] / 1e6,
-        "accuracy": right.mean(), "calibrated": losses.mean(), "loss": stats.log_losses(logits, labels).mean(),
+        "accuracy": right.mean(), "calibrated": losses.mean(), "loss": raw.mean(),
         "matthews": 100 * matthews(confusion(labels, predicted, len(record["classes"])))})
 
 
 @dataclass
 class Place:
     """A folder of runs, and what these share: settings, and the hashes of weights and data. rates: those that a search
-    on this data has found, {technique: rate}; quick: a smoke test. records: {key: record}; outcomes: a cache."""
+    on this data has found, {technique: rate}. records: {key: record}"""
     out: Path
     common: dict
     weights_sha256: dict
     data_sha256: list
     rates: dict = field(default_factory=dict)
-    quick: bool = False
     records: dict = field(default_factory=dict)
-    outcomes: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        path = self.out / COMPARISON
-        if path.is_file():
-            found = read_json(path, ["rates", "quick"])
-            self.rates, self.quick = found["rates"], found["quick"]
+        if (self.out / COMPARISON).is_file():
+            self.rates = read_json(self.out / COMPARISON, ["rates"])["rates"]
+        for path in sorted(self.out.glob("runs/*.json")):
+            self.add(path)
+
+    @property
+    def quick(self):
+        """These runs are a smoke test, too short to rank the techniques."""
+        return QUICK.items() <= self.common.items()
 
     def add(self, path):
         """Read a record. UserError if it is of other weights or data, or not of the device or precision asked for."""
@@ -93,15 +98,6 @@ class Place:
                 raise UserError(f"{path} was run in {record['machine'][name]}, and --{name} is {self.common[name]}: "
                                 "choose another --out")
         self.records[key(record["settings"])] = record
-        self.outcomes.clear()
-
-    def evaluate(self, record, part):
-        """The Outcome of a run on "test" or "dev"; None for a failed run, or without predictions on this part."""
-        name = key(record["settings"]), part
-        if name not in self.outcomes:
-            absent = "failed" in record or not record[part]["labels"]
-            self.outcomes[name] = None if absent else evaluate(record, part)
-        return self.outcomes[name]
 
 
 @dataclass
@@ -133,10 +129,7 @@ def find_place(out, common):
             pass
     weights = download.find_weights(common["weights"])
     files = given or [download.fetch_data()]
-    place = Place(out, common, download.hash_weights(weights), [texts.fingerprint(path) for path in files])
-    for path in sorted(out.glob("runs/*.json")):
-        place.add(path)
-    return place
+    return Place(out, common, download.hash_weights(weights), [texts.fingerprint(path) for path in files])
 
 
 def read_place(out):
@@ -147,11 +140,10 @@ def read_place(out):
                         "python compare.py first")
     first = checkpoint.read_record(paths[0])
     place = Place(out, common_defaults(), first["weights_sha256"], first["data_sha256"])
-    for path in paths:
-        place.add(path)
-    records = place.records.values()
-    place.common |= {name: value for name, value in first["settings"].items() if name in PATHS or name in place.common
-                     and all(record["settings"].get(name) == value for record in records)}
+    for name, value in first["settings"].items():
+        shared = all(record["settings"].get(name) == value for record in place.records.values())
+        if name in checkpoint.PATHS or name in place.common and shared:
+            place.common[name] = value
     return place
 
 
@@ -203,7 +195,7 @@ def collect(place, study):
     if len(empty) == 1 and study.partial:
         del found[empty[0]]
     folds = set.intersection(*(set(records) for records in found.values()))
-    return {name: {fold: place.evaluate(records[fold], study.part) for fold in sorted(folds)}
+    return {name: {fold: evaluate(records[fold], study.part) for fold in sorted(folds)}
             for name, records in found.items()} if folds else {}
 
 

@@ -1,6 +1,6 @@
 """Intervals, verdicts and calibration on plain numpy arrays. One rule for every comparison: `judge`."""
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import NormalDist
 
@@ -57,6 +57,18 @@ class Comparison:
     verdict: str
     runs: int
 
+    @property
+    def inner(self):
+        """The same with the interval that decides on equivalence as low and high."""
+        return replace(self, low=self.inner_low, high=self.inner_high, level=2 * self.level - 1)
+
+    def text(self, digits=2, unit=""):
+        """The difference with its interval, as "+0.10 [-1.68, +1.88]"."""
+        return f"{self.mean:+.{digits}f}{unit} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+
+    def text_with_level(self, digits=2, unit=""):
+        return f"{self.text(digits, unit)} at {100 * self.level:.4g}%"
+
 
 def judge(mean, error, df, runs, comparisons=1, margin=1.0, lower_is_better=False):
     """Return the Comparison for a mean difference, its standard error and its degrees of freedom.
@@ -87,12 +99,9 @@ def paired(differences, overlap=OVERLAP, sampling=0.0, **rule):
 
     s + r is the variance of the differences. sampling: s, the part due to the sentences of a test part. The parts share
     no sentence, so s is divided by k. Training sets overlap, so for the rest, r, 1 / k alone is too small. With s = 0
-    all of the variance counts as r (Nadeau & Bengio 2003, Machine Learning 52): the more cautious choice. Raises
-    ValueError for one fold.
+    all of the variance counts as r (Nadeau & Bengio 2003, Machine Learning 52): the more cautious choice.
     """
     mean, std = mean_std(differences)
-    if std is None:
-        raise ValueError("paired needs two folds or more; for one run use paired_sentences")
     k, rest = len(differences), max(std ** 2 - sampling, 0)
     return judge(mean, math.sqrt(sampling / k + rest * (1 / k + overlap)), k - 1, k, **rule)
 

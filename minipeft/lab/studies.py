@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from ..tools.settings import LINEAR_LAYERS, TECHNIQUES
 
+QUICK = {"limit": 640, "epochs": 1}  # a smoke test: compare.py --quick
+
 
 # -- learning rates ---------------------------------------------------------------------------------------
 
@@ -34,8 +36,8 @@ class Search:
 
 TOP_BLOCK, TOP_TWO_BLOCKS = {"top_layers": 1}, {"top_layers": 2}
 FEW = {"limit": 86, "epochs": 20, "eval_every": 20}  # 1% of the sentences, 60 steps; measuring dev takes longer
-HEAD_RATE, COLA, IMDB = "head-rate", "cola", "imdb-512"  # folders of records; head-rate-86: with few sentences
-SLICE = {"limit": 3000}                                  # of IMDb's training reviews
+FOUR = ("head", "adapter", "lora", "full")
+STARTS = {"head": 8e-3, "adapter": 1e-3, "lora": 5e-4, "bitfit": 4e-3, "full": 5e-5}  # of searches on other data
 
 # A rate for the head alone, by the calibrated rule. For each technique: one rate for body and head; that of the head,
 # with the body at the first; that of the body, with the head at the second. None: `compare.py --rates NAME` finds it.
@@ -49,14 +51,16 @@ HEAD_RATES_86 = {  # with 86 sentences
     "full": (5e-5, 2e-3, 2.5e-5)}
 
 
-def search_head(technique, start, rates, options, end=""):
-    """The searches of the last two rates in a row of HEAD_RATES; start: of the first."""
-    shared, head, body = rates
-    head_start = (shared or start) * (16 if technique == "full" else 4)
-    return {f"{technique}-head{end}": Search(technique, head_start, head, options={**options, "lr": shared},
-                                             option="head_lr", factor=4, folder=HEAD_RATE + end),
-            f"{technique}-body{end}": Search(technique, shared or start, body, options={**options, "head_lr": head},
-                                             folder=HEAD_RATE + end)}
+def search_heads(rates, options, end=""):
+    """The searches of the last two rates in each row of HEAD_RATES."""
+    found = {}
+    for name, (shared, head, body) in rates.items():
+        start = shared * (16 if name == "full" else 4)
+        found |= {f"{name}-head{end}": Search(name, start, head, options={**options, "lr": shared}, option="head_lr",
+                                              factor=4, folder=f"head-rate{end}"),
+                  f"{name}-body{end}": Search(name, shared, body, options={**options, "head_lr": head},
+                                              folder=f"head-rate{end}")}
+    return found
 
 
 SEARCHES = {
@@ -70,19 +74,12 @@ SEARCHES = {
     "adapter-86": Search("adapter", 5e-4, 5e-4, 2.5e-4, 5e-4, 2.5e-4, FEW),
     "lora-86": Search("lora", 5e-4, 2.5e-4, 1.25e-4, 2.5e-4, 2.5e-4, FEW),
     "full-86": Search("full", 5e-5, 5e-5, 2.5e-5, 5e-5, 5e-5, FEW),
-    "adapter-86-shared": Search("adapter", 5e-4, HEAD_RATES_86["adapter"][0], options=FEW, folder=HEAD_RATE + "-86"),
-    "lora-86-shared": Search("lora", 5e-4, HEAD_RATES_86["lora"][0], options=FEW, folder=HEAD_RATE + "-86"),
-    "full-86-shared": Search("full", 5e-5, HEAD_RATES_86["full"][0], options=FEW, folder=HEAD_RATE + "-86"),
-    **search_head("adapter", 5e-4, HEAD_RATES["adapter"], {}),
-    **search_head("lora", 5e-4, HEAD_RATES["lora"], {}),
-    **search_head("full", 5e-5, HEAD_RATES["full"], {}),
-    **search_head("adapter", 5e-4, HEAD_RATES_86["adapter"], FEW, "-86"),
-    **search_head("lora", 5e-4, HEAD_RATES_86["lora"], FEW, "-86"),
-    **search_head("full", 5e-5, HEAD_RATES_86["full"], FEW, "-86"),
-    **{f"cola-{name}": Search(name, start, folder=COLA) for name, start in (
-        ("head", 8e-3), ("adapter", 1e-3), ("lora", 5e-4), ("bitfit", 4e-3), ("full", 5e-5))},
-    **{f"imdb-{name}": Search(name, start, options=SLICE, folder=IMDB) for name, start in (
-        ("head", 8e-3), ("adapter", 1e-3), ("lora", 5e-4), ("full", 5e-5))},
+    **{f"{name}-86-shared": Search(name, start, HEAD_RATES_86[name][0], options=FEW, folder="head-rate-86")
+       for name, start in (("adapter", 5e-4), ("lora", 5e-4), ("full", 5e-5))},
+    **search_heads(HEAD_RATES, {}),
+    **search_heads(HEAD_RATES_86, FEW, "-86"),
+    **{f"cola-{name}": Search(name, start, folder="cola") for name, start in STARTS.items()},
+    **{f"imdb-{name}": Search(name, STARTS[name], options={"limit": 3000}, folder="imdb-512") for name in FOUR},
 }
 
 
@@ -162,22 +159,22 @@ def constant_and_growing_alpha(ranks=(1, 8, 64), rates=(6.25e-5, 2.5e-4, 1e-3, 4
             for rank in ranks for lr in rates]
 
 
-def searched_on(prefix, names):
+def searched_on(data, names):
     """Techniques with the rates that were searched on another data set."""
-    return [Variant(name, name, searches=(f"{prefix}-{name}",)) for name in names]
+    return [Variant(name, name, searches=(f"{data}-{name}",)) for name in names]
 
 
 def head_rate_study(question, title, options, shared="", end=""):
     """Does the head need a rate of its own? shared, end: of the names of its searches"""
-    variants, names = [], ("adapter", "lora", "full")
-    for name in names:
-        own = f"{name}-head{end}", f"{name}-body{end}"
-        variants += [Variant(f"{label(name)}, one rate", name, options, (name + shared,)),
-                     Variant(f"{label(name)}, own head rate", name, options, own)]
-    pairs = [Contrast(f"{label(name)}, own head rate", f"{label(name)}, one rate") for name in names]
-    pairs += [Contrast(f"{label(name)}, {rate}", f"{label('full')}, {rate}") for rate in ("own head rate", "one rate")
-              for name in ("lora", "adapter")]
-    return Study(question, "our own question", variants, pairs, rule="calibrated", folders=(HEAD_RATE + end,), title=title)
+    variants, contrasts, names = [], [], {name: label(name) for name in ("adapter", "lora", "full")}
+    for name, words in names.items():
+        variants += [Variant(f"{words}, one rate", name, options, (name + shared,)),
+                     Variant(f"{words}, own head rate", name, options, (f"{name}-head{end}", f"{name}-body{end}"))]
+        contrasts.append(Contrast(f"{words}, own head rate", f"{words}, one rate"))
+    for rate in ("own head rate", "one rate"):
+        contrasts += [Contrast(f"{names[name]}, {rate}", f"{names['full']}, {rate}") for name in ("lora", "adapter")]
+    return Study(question, "our own question", variants, contrasts, rule="calibrated", folders=(f"head-rate{end}",),
+                 title=title)
 
 
 HEAD, ADAPTER, LORA, BITFIT, FULL = FIVE = [Variant(name, name) for name in TECHNIQUES]
@@ -194,19 +191,19 @@ MAIN_CONTRASTS = [Contrast("head", "full"), Contrast("adapter", "full", HOULSBY_
 MAIN = "Houlsby et al. 2019, abstract and table 1; Hu et al. 2021, table 2; Ben Zaken et al. 2021, table 1"
 STUDIES = {
     "calibrated": Study("How far are the techniques from full fine-tuning, and from each other?", MAIN, FIVE,
-                        MAIN_CONTRASTS, rule="calibrated", folders=(HEAD_RATE, ""), partial=True,
+                        MAIN_CONTRASTS, rule="calibrated", folders=("head-rate", ""), partial=True,
                         title="main, rates by calibrated loss"),
     "techniques": Study("How far apart are they at train.py's default rates, and what does training cost?", MAIN,
                         [HEAD, ADAPTER, LORA, FULL], FOUR_CONTRASTS, costs=True, title="main, rates of train.py"),
     "cola": Study("How far apart are they on a second task: is a sentence grammatical?", "Warstadt et al. 2019 (CoLA)",
-                  searched_on("cola", TECHNIQUES), MAIN_CONTRASTS, rule="calibrated", folders=(COLA,), matthews=True,
+                  searched_on("cola", TECHNIQUES), MAIN_CONTRASTS, rule="calibrated", folders=("cola",), matthews=True,
                   title="CoLA"),
     "imdb": Study("How far apart are they on IMDb at 256 tokens, one run each?", "Maas et al. 2011 (IMDb)",
                   [HEAD, ADAPTER, LORA, FULL], FOUR_CONTRASTS, 1, folders=("imdb",), costs=True,
                   caveat="one run each: these runs only; on dev, full fine-tuning is ahead", title="IMDb, one run"),
     "imdb-512": Study("How far apart are they on IMDb at 512 tokens?", "Maas et al. 2011 (IMDb)",
-                      searched_on("imdb", ("head", "adapter", "lora", "full")), FOUR_CONTRASTS, 3, "calibrated",
-                      folders=(IMDB,), costs=True, title="IMDb at 512 tokens"),
+                      searched_on("imdb", FOUR), FOUR_CONTRASTS, 3, "calibrated",
+                      folders=("imdb-512",), costs=True, title="IMDb at 512 tokens"),
     "head-rate": head_rate_study(
         "Does a rate of its own for the head change the order of the techniques?", "the head's own rate", {}),
     "head-rate-86": head_rate_study(
