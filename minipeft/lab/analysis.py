@@ -112,13 +112,6 @@ def rank_of_energy(energies, share=0.9):
     return int(np.searchsorted(total, share * total[-1] * (1 - 1e-12)) + 1)
 
 
-def intruders(before, after, top=10, cosine=0.5):
-    """How many of the `top` left singular vectors of `after` are unlike all those of `before`: the largest absolute
-    cosine is below `cosine` (intruder dimensions, Shuttleworth et al. 2024, arXiv 2410.21228)."""
-    old, new = (torch.linalg.svd(weight, full_matrices=False).U for weight in (before, after))
-    return int(((new[:, :top].T @ old).abs().amax(1) < cosine).sum())
-
-
 def trained_matrices(encoder, weights):
     """Yield (name, W0, W, layer that holds W) for each linear layer of the blocks that was trained; float64."""
     for name, layer in load_bert(weights).named_modules():
@@ -130,12 +123,11 @@ def trained_matrices(encoder, weights):
 
 
 def update_spectrum(folder, weights=None):
-    """For each trained linear layer of the blocks, the rank that holds 90% of the energy of W - W0, and the number of
-    intruder dimensions: {layer name: numbers}. For runs of LoRA and full fine-tuning."""
+    """For each trained linear layer of the blocks, the rank that holds 90% of the energy of W - W0: {layer name:
+    {"rank"}}. For runs of LoRA and full fine-tuning."""
     model, _, weights = checkpoint.open_run(folder, weights)
     merge_lora(model)
-    return {name: {"rank": rank_of_energy(torch.linalg.svdvals(after - before) ** 2),
-                   "intruders": intruders(before, after)}
+    return {name: {"rank": rank_of_energy(torch.linalg.svdvals(after - before) ** 2)}
             for name, before, after, _ in trained_matrices(model.encoder, weights)}
 
 
@@ -319,9 +311,6 @@ def spectrum_numbers(found):
         blocks = list(zip(*ranks_by_block(found[name]).values()))
         for place, ranks in (("bottom", blocks[0]), ("top", blocks[-1])):
             yield f"rank for 90% of the energy, {name}, {place} block", f"{min(ranks):.0f} to {max(ranks):.0f}", None
-        counts = [layer["intruders"] for run in found[name] for layer in run.values()]
-        yield (f"intruders (top 10 of each matrix), {name}", f"{sum(counts):,} of {10 * len(counts):,}",
-               "confirmed" if any(counts) == (name == "lora") else "not confirmed")
 
 
 def cut_numbers(found):
@@ -362,9 +351,8 @@ def latency_numbers(found):
 CLAIMS = {  # section: the claim that it tests, its source, numbers
     "layers": ("adapters: no single layer matters much, all together do, lower layers less than upper ones",
                "Houlsby et al. 2019, section 3.6, figure 6 (left, centre)", layers_numbers),
-    "spectrum": ("the update of full fine-tuning is low-rank; LoRA has intruder dimensions, full has none",
-                 "Hu et al. 2021, section 4.1 (hypothesis); Biderman et al. 2024, arXiv 2405.09673 (the opposite); "
-                 "Shuttleworth et al. 2024, arXiv 2410.21228 (intruders)", spectrum_numbers),
+    "spectrum": ("the update of full fine-tuning is low-rank", "Hu et al. 2021, section 4.1 (hypothesis); Biderman et "
+                 "al. 2024, arXiv 2405.09673 (the opposite)", spectrum_numbers),
     "cut": ("an update of low rank suffices: full fine-tuning with its updates cut to a rank, after training",
             "Hu et al. 2021, section 4.1 (hypothesis)", cut_numbers),
     "tasks": ("one encoder serves many tasks; a switch replaces only what was trained",

@@ -16,7 +16,7 @@ from .studies import label
 
 # The colours of Okabe and Ito and of Tol, which colour-blind readers can tell apart.
 LOOKS = [("#009e73", "s"), ("#0072b2", "o"), ("#d55e00", "D"), ("#e69f00", "v"), ("#000000", "^"), ("#cc79a7", "P"),
-         ("#56b4e9", "X"), ("#882255", "<"), ("#999933", ">"), ("#332288", "p"), ("#7f7f7f", "*"), ("#aa4499", "h")]
+         ("#56b4e9", "X"), ("#882255", "d"), ("#999933", "8"), ("#332288", "p"), ("#7f7f7f", "*"), ("#aa4499", "h")]
 INK, BAND = "#444444", "#dbe9f6"
 MEASURES = (("loss", 1, "loss (nats)"), ("accuracy", 100, "accuracy (%)"))  # key in a history, scale, axis label
 STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False,

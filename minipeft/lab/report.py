@@ -283,7 +283,7 @@ def draw(result, figures):
 
 
 def draw_contrasts(results, path):
-    """Draw all contrasts on test; of the two main studies one. False if there are none."""
+    """Draw the contrasts of some studies on test; of the two main studies one. False if there are none."""
     names, groups = {result.name for result in results}, {}
     for result in results:
         rows = [plots.Row(found.contrast.name.replace(" - ", " − "), found.accuracy["corrected"],
@@ -468,11 +468,17 @@ def report(out):
     Returns the Results."""
     places, figures = read_places(out), out / "figures"
     results, searches, cells = find_results(places), find_searches(places), sensitivity(places)
+    for result in results:
+        if result.name == "calibrated":  # some pairs have their runs in another place
+            result.findings = [cells[found.contrast, "calibrated"] or found for found in result.findings]
     blocks = [f"{OPENING} --out {shlex.quote(out.as_posix())}` writes this file, studies/ and figures/; it trains "
               "nothing.", *dict.fromkeys(warning(result) for result in results if result.place.out == out),
               own_text(out, "answer").rstrip()]
     if draw_contrasts(results, figures / "contrasts.png"):
         blocks.append("![All contrasts](figures/contrasts.png)")
+    tasks = [result for result in results if result.name in ("calibrated", "cola")]
+    if len(tasks) > 1:
+        draw_contrasts(tasks, figures / "differences.png")  # of README.md
     if sum(bool(found) for found in cells.values()) > len(RULES):
         blocks += sensitivity_blocks(cells, searches, figures)
     else:

@@ -37,6 +37,7 @@ class Search:
 TOP_BLOCK, TOP_TWO_BLOCKS = {"top_layers": 1}, {"top_layers": 2}
 FEW = {"limit": 86, "epochs": 20, "eval_every": 20}  # 1% of the sentences, 60 steps; measuring dev takes longer
 FOUR = ("head", "adapter", "lora", "full")
+COLA_RATES = {"head": 4e-3, "adapter": 2e-3, "lora": 1e-3, "bitfit": 4e-3, "full": 5e-5}
 STARTS = {"head": 8e-3, "adapter": 1e-3, "lora": 5e-4, "bitfit": 4e-3, "full": 5e-5}  # of searches on other data
 
 # A rate for the head alone, by the calibrated rule. For each technique: one rate for body and head; that of the head,
@@ -71,14 +72,11 @@ SEARCHES = {
     "full": Search("full", 5e-5, 2.5e-5, 1.25e-5, 2.5e-5, 2.5e-5, folder="fp32"),
     "top-block": Search("full", 2e-4, 8e-4, 4e-4, 2e-4, 2e-4, TOP_BLOCK),
     "top-two-blocks": Search("full", 2e-4, 2e-4, 1e-4, 2e-4, 2e-4, TOP_TWO_BLOCKS),
-    "adapter-86": Search("adapter", 5e-4, 5e-4, 2.5e-4, 5e-4, 2.5e-4, FEW),
-    "lora-86": Search("lora", 5e-4, 2.5e-4, 1.25e-4, 2.5e-4, 2.5e-4, FEW),
-    "full-86": Search("full", 5e-5, 5e-5, 2.5e-5, 5e-5, 5e-5, FEW),
     **{f"{name}-86-shared": Search(name, start, HEAD_RATES_86[name][0], options=FEW, folder="head-rate-86")
        for name, start in (("adapter", 5e-4), ("lora", 5e-4), ("full", 5e-5))},
     **search_heads(HEAD_RATES, {}),
     **search_heads(HEAD_RATES_86, FEW, "-86"),
-    **{f"cola-{name}": Search(name, start, folder="cola") for name, start in STARTS.items()},
+    **{f"cola-{name}": Search(name, start, COLA_RATES[name], folder="cola") for name, start in STARTS.items()},
     **{f"imdb-{name}": Search(name, STARTS[name], options={"limit": 3000}, folder="imdb-512") for name in FOUR},
 }
 
@@ -164,15 +162,16 @@ def searched_on(data, names):
     return [Variant(name, name, searches=(f"{data}-{name}",)) for name in names]
 
 
-def head_rate_study(question, title, options, shared="", end=""):
-    """Does the head need a rate of its own? shared, end: of the names of its searches"""
+def head_rate_study(question, title, options, shared="", end="", claim=""):
+    """Does the head need a rate of its own? shared, end: of the names of its searches; claim: on LoRA"""
     variants, contrasts, names = [], [], {name: label(name) for name in ("adapter", "lora", "full")}
     for name, words in names.items():
         variants += [Variant(f"{words}, one rate", name, options, (name + shared,)),
                      Variant(f"{words}, own head rate", name, options, (f"{name}-head{end}", f"{name}-body{end}"))]
         contrasts.append(Contrast(f"{words}, own head rate", f"{words}, one rate"))
     for rate in ("own head rate", "one rate"):
-        contrasts += [Contrast(f"{names[name]}, {rate}", f"{names['full']}, {rate}") for name in ("lora", "adapter")]
+        contrasts += [Contrast(f"{names['lora']}, {rate}", f"{names['full']}, {rate}", claim),
+                      Contrast(f"{names['adapter']}, {rate}", f"{names['full']}, {rate}")]
     return Study(question, "our own question", variants, contrasts, rule="calibrated", folders=(f"head-rate{end}",),
                  title=title)
 
@@ -192,12 +191,12 @@ MAIN = "Houlsby et al. 2019, abstract and table 1; Hu et al. 2021, table 2; Ben 
 STUDIES = {
     "calibrated": Study("How far are the techniques from full fine-tuning, and from each other?", MAIN, FIVE,
                         MAIN_CONTRASTS, rule="calibrated", folders=("head-rate", ""), partial=True,
-                        title="main, rates by calibrated loss"),
+                        title="movie reviews, rates by calibrated loss"),
     "techniques": Study("How far apart are they at train.py's default rates, and what does training cost?", MAIN,
-                        [HEAD, ADAPTER, LORA, FULL], FOUR_CONTRASTS, costs=True, title="main, rates of train.py"),
+                        [HEAD, ADAPTER, LORA, FULL], FOUR_CONTRASTS, costs=True, title="movie reviews, rates of train.py"),
     "cola": Study("How far apart are they on a second task: is a sentence grammatical?", "Warstadt et al. 2019 (CoLA)",
                   searched_on("cola", TECHNIQUES), MAIN_CONTRASTS, rule="calibrated", folders=("cola",), matthews=True,
-                  title="CoLA"),
+                  title="CoLA: is a sentence grammatical?"),
     "imdb": Study("How far apart are they on IMDb at 256 tokens, one run each?", "Maas et al. 2011 (IMDb)",
                   [HEAD, ADAPTER, LORA, FULL], FOUR_CONTRASTS, 1, folders=("imdb",), costs=True,
                   caveat="one run each: these runs only; on dev, full fine-tuning is ahead", title="IMDb, one run"),
@@ -208,13 +207,8 @@ STUDIES = {
         "Does a rate of its own for the head change the order of the techniques?", "the head's own rate", {}),
     "head-rate-86": head_rate_study(
         "Does a rate of its own for the head change the order of the techniques with 86 sentences?",
-        "the head's own rate, 86 sentences", FEW, "-86-shared", "-86"),
-    "data": Study(
-        "Who is ahead with 86 training sentences?", "Hu et al., appendix F.3, table 16 (MNLI, GPT-3)",
-        [Variant(name, name, FEW, (f"{name}-86",)) for name in ("adapter", "lora", "full")],
-        [Contrast("lora", "full", "with 100 examples LoRA is more accurate than full fine-tuning (Hu et al., table 16, "
-                  "GPT-3)"), Contrast("adapter", "full")],
-        caveat="one rate for body and head: full fine-tuning's head hardly moves in 60 steps", title="86 sentences"),
+        "the head's own rate, 86 sentences", FEW, "-86-shared", "-86",
+        "with 100 examples LoRA is more accurate than full fine-tuning (Hu et al., table 16, GPT-3)"),
     "light": Study(
         "What do the biases alone reach, and what the top block?", "Ben Zaken et al. 2021, abstract and table 1",
         [BITFIT, TOP_ONE, LORA, FULL],
