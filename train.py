@@ -188,23 +188,6 @@ def test(model, corpus, dev_set, test_set, compute):
     return measured, parts
 
 
-def print_mistakes(record, corpus, dev_set):
-    """Print the three most confident wrong predictions on dev, unless the data have gone meanwhile."""
-    logits, classes = np.array(record["dev"]["logits"]), record["classes"]
-    probabilities = torch.from_numpy(logits).softmax(1).numpy()
-    confidence = probabilities.max(1) * (logits.argmax(1) != corpus.labels[dev_set])  # 0 where it is right
-    worst = [row for row in np.argsort(-confidence)[:3] if confidence[row]]
-    try:
-        found = texts.read_texts(corpus, dev_set[worst])
-    except UserError:
-        return
-    if worst:
-        print("\nthe most confident mistakes on dev:")
-    for row, text in zip(worst, found):
-        print(f"  {classes[logits[row].argmax()]} ({confidence[row]:.1%}), but labelled "
-              f"{classes[corpus.labels[dev_set[row]]]}: {' '.join(text.split())[:200]}")
-
-
 def print_result(record, folder):
     """Print test results with their interval, costs, and what to do next."""
     measured, rows = record["metrics"], record["test"]
@@ -282,8 +265,6 @@ def run(settings):
         plots.curves(record["history"], f"{settings.technique} on {Path(corpus.files[-1]).name}", folder / "curves.png")
         write_json(folder / checkpoint.RECORD, record)
         (folder / checkpoint.STATE).unlink(missing_ok=True)
-        if not settings.no_texts:
-            print_mistakes(record, corpus, dev_set)
         print_result(record, folder)
     return record
 

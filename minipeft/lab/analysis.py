@@ -362,7 +362,8 @@ CLAIMS = {  # section: the claim that it tests, its source, numbers
     "latency": ("merged LoRA costs nothing in inference; adapters slow it, most in small batches",
                 "Hu et al. 2021, section 3 and table 1", latency_numbers)}
 FIGURES = {"layers": ("removed.png", lambda found, path: plots.heat_map(found["matrix"], found["complete"], path)),
-           "spectrum": ("spectrum.png", draw_ranks), "cut": ("cut.png", draw_cut), "memory": ("memory.png", draw_memory)}
+           "spectrum": ("spectrum.png", draw_ranks), "cut": ("cut.png", draw_cut),
+           "memory": ("memory.png", draw_memory)}
 
 
 def publish(out, content):

@@ -185,7 +185,6 @@ def add_run(parser, technique):
     existing.add_argument("--resume", action="store_true", help="resume an unfinished run; the other options are those "
                           "it began with")
     existing.add_argument("--overwrite", action="store_true", help="replace an existing run")
-    add("--no-texts", action="store_true", help="print no text of the data, such as wrong predictions")
     if technique.options:
         group = parser.add_argument_group(technique.label)
     for name, default in technique.options.items():
@@ -243,7 +242,7 @@ def parse(arguments):
     return settings
 
 
-UNSAID = ("given", "out", "resume", "overwrite", "no_texts")  # what the command of a record leaves out
+UNSAID = ("given", "out", "resume", "overwrite")  # what the command of a record leaves out
 # Settings that do not decide the outcome, or whose resolved value is stored with the machine.
 UNRECORDED = (*UNSAID, "save_every", "eval_every", "device", "precision")
 
