@@ -87,7 +87,7 @@ from lora import add_lora, load_lora, lora_state, merge_lora  # your copy of min
 
 targets = ["c_attn", "c_fc", "c_proj"]  # GPT-2; Llama: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
 model = AutoModelForCausalLM.from_pretrained("gpt2")
-add_lora(model, targets)  # all else is frozen. Leave lm_head out: it shares its weight with the embedding
+add_lora(model, targets)  # all else is frozen. Leave lm_head out: a merge would part it from the embedding
 train(model)              # your loop, on the parameters that require a gradient
 save_file(lora_state(model), "task.safetensors")
 

@@ -20,7 +20,7 @@ RATES = {"head": 8e-3, "adapter": 1e-3, "lora": 5e-4, "full": 2.5e-5}  # the pea
 EPOCHS, BATCH_SIZE = 3, 32
 
 
-# A layer of BERT (Devlin et al. 2018): attention mixes the tokens, then feed-forward works on each token alone.
+# A layer of BERT (Devlin et al. 2018), without dropout: attention mixes the tokens, feed-forward works on each alone.
 class Block(nn.Module):
     def __init__(self, hidden, heads, wide):
         super().__init__()
@@ -138,7 +138,7 @@ def read(path, tokenizer):
         _, _, label, text = line.split("\t")
         digest = hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=8).hexdigest()
         parts[int(digest, 16) % 11].append((tokenizer.encode(text).ids, int(label == "positive")))
-    return sum(parts[1:10], []), parts[0]  # part 10 is left for choices, such as that of a learning rate
+    return sum(parts[1:10], []), parts[0]  # part 10 is dev, for choices such as that of a rate
 
 
 def make_batches(sentences):

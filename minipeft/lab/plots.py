@@ -185,7 +185,7 @@ def forest(groups, x_label, note, path):
     for heading, rows in groups.items():
         lines += [heading, *rows]
     ends = [end for line in lines if isinstance(line, Row) for end in (line.found.low, line.found.high)]
-    limit = np.clip(2 * np.median(np.abs(ends)), 6, 100)
+    limit = np.clip(2 * np.median(np.abs(ends)), 11, 100)
     low, high = min(max(-limit, min(ends)), -1.1), max(min(limit, max(ends)), 1.1)
     figure, [[axis]] = figure_in_style(size=(12, 1.5 + 0.3 * len(lines)))
     difference_axis(axis, [line.name if isinstance(line, Row) else line for line in lines])
@@ -231,7 +231,7 @@ def memory(rows, note, path):
     labels, left = list(map(label, rows)), np.zeros(len(rows))
     for part, colour in zip(next(iter(rows.values())), ("#4d4d4d", "#e69f00", "#56b4e9", "#c9c9c9")):
         values = np.array([row[part] for row in rows.values()])
-        axis.barh(labels, values, 0.6, left, color=colour, label=part.replace("_", " "))
+        axis.barh(labels, values, 0.6, left, color=colour, label=part)
         left += values
     axis.invert_yaxis()
     axis.set_xlabel("memory of a training step (MB)")
