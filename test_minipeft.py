@@ -2265,7 +2265,8 @@ def contrasts_quoted(found):
               f"{words[0]} on CoLA", f"{main.mean:.1f} points above on movie reviews and {words[2]} below on CoLA",
               f"are {-measured('calibrated', 1).mean:.1f} points below and {words[1]} below",
               f"{words[3]} points below on CoLA, clearly worse, but {-min(bitfit):.1f} on movie reviews"]
-    answer = [f"{few.mean:.3f} nats", f"{-min(light):.1f} points below to {max(light):.1f} points above", f"{words[0]} points below on CoLA",
+    answer = [f"{few.mean:.3f} nats",
+              f"{-min(light):.1f} points below to {max(light):.1f} points above", f"{words[0]} points below on CoLA",
               f"LoRA is {words[2]} points below", f"adapters {words[1]} points", f"({cola_loss:+.3f} nats)",
               f"on CoLA {words[3]} points, and {matthews:.2f} of Matthews correlation",
               f"{own.mean:+.1f} points [{own.low:+.1f}, {own.high:+.1f}]",
@@ -2293,7 +2294,9 @@ def costs_quoted(found):
     slower = {(size, name): f"{np.mean(np.array(times[name]) / times['base']) - 1:.0%}"
               for size, times in analysed["latency"]["times"].items() for name in ("unmerged LoRA", "adapters")}
     one, many, unmerged = slower["1", "adapters"], slower["32", "adapters"], slower["1", "unmerged LoRA"]
-    return [*rows, f"the sum is {1 - lora / full:.0%} smaller", f"the peak of the process only {1 - peak:.0%}",
+    cut = {rank: -np.mean(changes) for rank, changes in analysed["cut"]["changes"]["full"].items()}
+    return [*rows, f"to rank 8 after training, and it loses {cut['8']:.1f} points; at rank 1 it loses {cut['1']:.1f}",
+            f"the sum is {1 - lora / full:.0%} smaller", f"the peak of the process only {1 - peak:.0%}",
             f"in {seconds:.0%} of full", f"takes {unmerged} longer and adapters {one}",
             f"add only {added:.1%} to the products", f"At batch 32 it is {slower['32', 'unmerged LoRA']} and {many}"]
 

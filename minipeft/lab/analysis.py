@@ -207,9 +207,11 @@ def draw_cut(found, path):
             point = plots.Point(int(rank), whole + row.mean, whole + row.low, whole + row.high)
             series.setdefault(technique, []).append(point)
     series["full"].append(plots.Point(found["largest"], whole))
-    return plots.series([[plots.Panel(series, "rank", "accuracy (%)")]], "full fine-tuning: the updates of the blocks' "
-                        "matrices cut to this rank after training, all else as trained;\nLoRA: trained at this rank. "
-                        "Bars: 95% intervals of the difference from the whole update, over folds", path)
+    note = "full fine-tuning: updates of the blocks' matrices cut to this rank after training, all else as trained"
+    if "lora" in series:
+        note += "; LoRA: trained at this rank"
+    return plots.series([[plots.Panel(series, "rank", "accuracy (%)")]], f"{note}\nband: 95% interval of the "
+                        "difference from the whole update, over folds", path)
 
 
 # -- one encoder, many tasks ------------------------------------------------------------------------------
