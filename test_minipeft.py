@@ -2295,7 +2295,12 @@ def costs_quoted(found):
               for size, times in analysed["latency"]["times"].items() for name in ("unmerged LoRA", "adapters")}
     one, many, unmerged = slower["1", "adapters"], slower["32", "adapters"], slower["1", "unmerged LoRA"]
     cut = {rank: -np.mean(changes) for rank, changes in analysed["cut"]["changes"]["full"].items()}
-    return [*rows, f"to rank 8 after training, and it loses {cut['8']:.1f} points; at rank 1 it loses {cut['1']:.1f}",
+    tasks = analysed["tasks"]["runs"]
+    one_encoder = analysed["tasks"]["encoder_mb"] + sum(run["saved_mb"] for run in tasks)
+    switch = sorted(run["switch_ms"] for run in tasks)
+    return [*rows, f"take {one_encoder:.0f} MB instead of {sum(run['whole_mb'] for run in tasks):.0f}",
+            f"{switch[0]:.0f} to {switch[-1]:.0f} ms",
+            f"to rank 8 after training, and it loses {cut['8']:.1f} points; at rank 1 it loses {cut['1']:.1f}",
             f"the sum is {1 - lora / full:.0%} smaller", f"the peak of the process only {1 - peak:.0%}",
             f"in {seconds:.0%} of full", f"takes {unmerged} longer and adapters {one}",
             f"add only {added:.1%} to the products", f"At batch 32 it is {slower['32', 'unmerged LoRA']} and {many}"]

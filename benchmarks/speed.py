@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # torch, minipeft and transformers are imported in the process that needs them
 
 SIDES = ("usual", "best", "minipeft")
-SPINS = {"": "minipeft's setting", "300": "GOMP_SPINCOUNT=300", "300000": "GNU's default, 300,000"}
+SPINS = {"": "waiting threads give way (minipeft)", "30000000000": "waiting threads spin for ever"}
 EQUAL = 0.03                 # figures this close to each other are called equal
 EPOCHS = {"lora": 1, "adapter": 1, "full": 1, "head": 3}  # head tuning encodes once and caches the result
 USUAL = {"precision": "fp32", "attention": "sdpa", "grouped": False}

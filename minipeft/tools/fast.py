@@ -39,8 +39,8 @@ class CastOnceLinear(nn.Linear):
     """A frozen nn.Linear under autocast that keeps its weight in bf16, 2 more bytes a weight.
 
     Autocast casts a frozen weight anew in every forward pass. The cast values are the same, and so is every bit.
-    The gain is not settled: the ladder's single round on Intel shows none for training
-    (results/speed-intel-r-xeon-r-processor-avx512.json).
+    The gain is not settled: benchmarks/speed.py times an epoch of adapters with and without it, and has no published
+    result yet. (With LoRA on every layer, FastLoRALinear does the same.)
     """
     label = "frozen weights cast once"
 
