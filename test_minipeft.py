@@ -1343,8 +1343,10 @@ def test_a_text_is_read_in_the_encoding_that_is_given(tmp_path, content, encodin
 
 @pytest.mark.parametrize("names, expected", [
     (["10", "-1", "9"], ["-1", "9", "10"]), (["10", "9", "b"], ["10", "9", "b"]), (["2.5", "10"], ["10", "2.5"])])
-def test_classes_that_are_whole_numbers_are_sorted_by_value(names, expected):
-    assert texts.sort_classes(names, []) == expected
+def test_classes_that_are_whole_numbers_are_sorted_by_value(tmp_path, tiny, names, expected):
+    rows = "".join(f"good film {word},{name}\n" for word, name in zip(WORDS, 2 * names))
+    path = write_files(tmp_path, {"a.csv": "text,label\n" + rows}) / "a.csv"
+    assert corpus_of(path, tiny=tiny).classes == expected
 
 
 def test_a_folder_with_one_subfolder_a_class_is_a_data_set(tmp_path, tiny):
