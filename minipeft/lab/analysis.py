@@ -271,9 +271,8 @@ MEMORY = ("weights", "gradients", "optimiser_states", "activations")
 
 def draw_memory(found, path):
     """Memory of a training step by purpose, for each technique."""
-    words = ("weights", "gradients", "moments", "activations")
-    bars = {name: {word: numbers[part] / 1e6 for word, part in zip(words, MEMORY)} for name, numbers in found.items()
-            if name in options.TECHNIQUES}
+    bars = {name: {part.replace("optimiser_states", "moments"): numbers[part] / 1e6 for part in MEMORY}
+            for name, numbers in found.items() if name in options.TECHNIQUES}
     return plots.memory(bars, f"{SENTENCES} sentences of {TOKENS} tokens, fp32; tensors counted in a step: the peak of "
                         "a process is higher", path)
 

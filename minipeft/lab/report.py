@@ -9,7 +9,7 @@ from ..tools.files import UserError, read_json, write_text
 from ..tools.settings import TECHNIQUES
 from . import analysis, plots, rates, stats
 from .runs import Place, collect, machine, read_place
-from .studies import RULE_NAMES, RULES, SEARCHES, STUDIES, Contrast, Study, Variant, label
+from .studies import RULE_NAMES, RULES, SEARCHES, STUDIES, Contrast, Study, label
 
 ENOUGH = 200  # test sentences, below which a comparison has no verdict
 OPENING = "# Results\n\n`python compare.py --report"  # of every README.md that compare.py writes
@@ -104,15 +104,28 @@ def measure(study, outcomes, contrast):
     return found
 
 
+def find_pair(places, study, contrast):
+    """The outcomes of the two variants of a contrast, from the first folder with runs of both on all folds; else {}."""
+    pair = [variant for variant in study.variants if variant.name in (contrast.a, contrast.b)]
+    for folder in study.folders:
+        outcomes = collect(places[folder], replace(study, variants=pair, partial=False)) if folder in places else {}
+        if outcomes and len(outcomes[contrast.a]) == study.folds:
+            return outcomes
+    return {}
+
+
 def find_results(places):
-    """The Result of every study that the records of these places complete, in the order of STUDIES."""
+    """The Result of every study that the records of these places complete, in the order of STUDIES. A contrast with a
+    variant that was not run there is measured where both were run."""
     results = []
     for name, study in STUDIES.items():
         for place in [places[folder] for folder in study.folders if folder in places]:
             outcomes = collect(place, study)
             if outcomes:
-                contrasts = () if place.quick else study.contrasts
-                findings = [measure(study, outcomes, contrast) for contrast in contrasts]
+                findings = []
+                for contrast in () if place.quick else study.contrasts:
+                    here = {contrast.a, contrast.b} <= outcomes.keys()
+                    findings.append(measure(study, outcomes if here else find_pair(places, study, contrast), contrast))
                 results.append(Result(name, study, place, outcomes, findings))
                 break
     return results
@@ -139,11 +152,8 @@ def sensitivity(places):
     main, found = STUDIES["calibrated"], {}
     for contrast in main.contrasts:
         for rule in RULES:
-            study = replace(main, variants=[Variant(name, name) for name in (contrast.a, contrast.b)], rule=rule,
-                            partial=False)
-            runs = [collect(places[folder], study) for folder in main.folders if folder in places]
-            whole = [outcomes for outcomes in runs if outcomes and len(outcomes[contrast.a]) == main.folds]
-            found[contrast, rule] = measure(main, whole[0], contrast) if whole else None
+            outcomes = find_pair(places, replace(main, rule=rule), contrast)
+            found[contrast, rule] = measure(main, outcomes, contrast) if outcomes else None
     return found
 
 
@@ -468,9 +478,6 @@ def report(out):
     Returns the Results."""
     places, figures = read_places(out), out / "figures"
     results, searches, cells = find_results(places), find_searches(places), sensitivity(places)
-    for result in results:
-        if result.name == "calibrated":  # some pairs have their runs in another place
-            result.findings = [cells[found.contrast, "calibrated"] or found for found in result.findings]
     blocks = [f"{OPENING} --out {shlex.quote(out.as_posix())}` writes this file, studies/ and figures/; it trains "
               "nothing.", *dict.fromkeys(warning(result) for result in results if result.place.out == out),
               own_text(out, "answer").rstrip()]

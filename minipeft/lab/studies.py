@@ -72,7 +72,7 @@ SEARCHES = {
     "full": Search("full", 5e-5, 2.5e-5, 1.25e-5, 2.5e-5, 2.5e-5, folder="fp32"),
     "top-block": Search("full", 2e-4, 8e-4, 4e-4, 2e-4, 2e-4, TOP_BLOCK),
     "top-two-blocks": Search("full", 2e-4, 2e-4, 1e-4, 2e-4, 2e-4, TOP_TWO_BLOCKS),
-    **{f"{name}-86-shared": Search(name, start, HEAD_RATES_86[name][0], options=FEW, folder="head-rate-86")
+    **{f"{name}-86": Search(name, start, HEAD_RATES_86[name][0], options=FEW, folder="head-rate-86")
        for name, start in (("adapter", 5e-4), ("lora", 5e-4), ("full", 5e-5))},
     **search_heads(HEAD_RATES, {}),
     **search_heads(HEAD_RATES_86, FEW, "-86"),
@@ -162,11 +162,11 @@ def searched_on(data, names):
     return [Variant(name, name, searches=(f"{data}-{name}",)) for name in names]
 
 
-def head_rate_study(question, title, options, shared="", end="", claim=""):
-    """Does the head need a rate of its own? shared, end: of the names of its searches; claim: on LoRA"""
+def head_rate_study(question, title, options, end="", claim=""):
+    """Does the head need a rate of its own? end: of the names of its searches; claim: on LoRA"""
     variants, contrasts, names = [], [], {name: label(name) for name in ("adapter", "lora", "full")}
     for name, words in names.items():
-        variants += [Variant(f"{words}, one rate", name, options, (name + shared,)),
+        variants += [Variant(f"{words}, one rate", name, options, (name + end,)),
                      Variant(f"{words}, own head rate", name, options, (f"{name}-head{end}", f"{name}-body{end}"))]
         contrasts.append(Contrast(f"{words}, own head rate", f"{words}, one rate"))
     for rate in ("own head rate", "one rate"):
@@ -208,7 +208,7 @@ STUDIES = {
         "Does a rate of its own for the head change the order of the techniques?", "the head's own rate", {}),
     "head-rate-86": head_rate_study(
         "Does a rate of its own for the head change the order of the techniques with 86 sentences?",
-        "the head's own rate, 86 sentences", FEW, "-86-shared", "-86",
+        "the head's own rate, 86 sentences", FEW, "-86",
         "with 100 examples LoRA is more accurate than full fine-tuning (Hu et al., table 16, GPT-3)"),
     "light": Study(
         "What do the biases alone reach, and what the top block?", "Ben Zaken et al. 2021, abstract and table 1",
